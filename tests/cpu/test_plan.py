@@ -1,0 +1,131 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill.backend.routing import DenseReason, layer_dense_reason, layer_index, request_dense_reason
+from vllm_flashprefill.plan import plan_step
+
+CONFIG = FlashPrefillConfig(min_sparse_tokens=1024)
+
+
+@pytest.mark.parametrize(
+    ("query_len", "context_len", "prompt_len", "reason"),
+    [
+        (4000, 0, 4000, None),
+        (2048, 0, 8000, None),
+        (2048, 2048, 8000, None),
+        (1, 4000, 4001, DenseReason.DECODE),
+        (5, 4000, 4001, DenseReason.DECODE),  # speculative tokens after the last known one
+        (1023, 0, 1023, DenseReason.SHORT_PROMPT),
+        (1, 0, 1, DenseReason.SHORT_PROMPT),
+        (512, 0, 8000, DenseReason.NOTHING_TO_PRUNE),  # sinks and window cover it
+        (768, 0, 8000, DenseReason.NOTHING_TO_PRUNE),
+        (769, 0, 8000, None),  # the seventh query block's first row
+        (100, 3970, 4070, DenseReason.NOTHING_TO_PRUNE),  # all of it is dense tail
+        (300, 3770, 4070, None),
+    ],
+)
+def test_route_of_a_request(query_len, context_len, prompt_len, reason):
+    assert request_dense_reason(query_len, context_len, prompt_len, CONFIG) == reason
+
+
+def test_plan_of_a_mixed_step():
+    # a decode, a short prompt, a whole long prompt, a later chunk of another
+    query_lens, seq_lens, prompt_lens = [1, 100, 3000, 1000], [2000, 100, 3000, 3000], [2000, 100, 3000, 9000]
+    plan = plan_step(np.cumsum([0, *query_lens]), np.array(seq_lens), CONFIG, np.array(prompt_lens))
+    assert plan.dense.tolist() == [0, 1]
+    assert plan.dense_tokens == {DenseReason.DECODE: 1, DenseReason.SHORT_PROMPT: 100}
+    whole, chunk = plan.sparse
+    assert (whole.index, whole.query_slice, whole.context_len, whole.prompt_len) == (2, slice(101, 3101), 0, 3000)
+    assert (chunk.index, chunk.query_slice, chunk.context_len, chunk.prompt_len) == (3, slice(3101, 4101), 2000, 9000)
+    assert chunk.seq_len == 3000
+    assert plan.num_sparse_tokens == 4000
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 12000)),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_every_token_is_planned_once(requests, know_prompts):
+    query_lens = np.array([query_len for query_len, _, _ in requests], dtype=np.int64)
+    seq_lens = query_lens + np.array([context for _, context, _ in requests], dtype=np.int64)
+    prompts = np.array([prompt for _, _, prompt in requests], dtype=np.int64) if know_prompts else None
+    plan = plan_step(np.concatenate([[0], np.cumsum(query_lens)]), seq_lens, CONFIG, prompts)
+    assert sorted([*plan.dense.tolist(), *(request.index for request in plan.sparse)]) == list(range(len(requests)))
+    assert plan.num_sparse_tokens + sum(plan.dense_tokens.values()) == query_lens.sum()
+    for request in plan.sparse:
+        assert request.query_len > 0
+        assert request.prompt_len >= max(request.seq_len, CONFIG.min_sparse_tokens)
+
+
+@given(st.integers(1, 60), st.integers(1, 8000))
+def test_a_chunk_is_never_sparse_where_its_whole_prompt_is_dense(num_chunk_blocks, prompt_len):
+    chunk = 128 * num_chunk_blocks
+    whole = request_dense_reason(prompt_len, 0, prompt_len, CONFIG)
+    for context in range(0, prompt_len, chunk):
+        part = request_dense_reason(min(chunk, prompt_len - context), context, prompt_len, CONFIG)
+        assert whole is None or part is not None
+
+
+@pytest.mark.parametrize(
+    ("query_start_loc", "seq_lens"),
+    [([0, 4, 2], [4, 4]), ([0, 4], [4, 4]), ([0, 10], [5])],
+)
+def test_arrays_that_are_no_batch(query_start_loc, seq_lens):
+    with pytest.raises(ValueError, match="query_start_loc"):
+        plan_step(np.array(query_start_loc), np.array(seq_lens), CONFIG)
+
+
+def impl(**attributes):
+    plain = dict(
+        attn_type="decoder",
+        sliding_window=(-1, -1),
+        logits_soft_cap=0,
+        alibi_slopes=None,
+        sinks=None,
+        kv_sharing_target_layer_name=None,
+        kv_cache_dtype="auto",
+    )
+    return SimpleNamespace(**{**plain, **attributes})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({}, None),
+        ({"sliding_window": None}, None),
+        ({"logits_soft_cap": None}, None),
+        ({"attn_type": "encoder_only"}, DenseReason.ENCODER),
+        ({"attn_type": "encoder"}, DenseReason.ENCODER),
+        ({"attn_type": SimpleNamespace(value="encoder_decoder")}, DenseReason.CROSS_ATTENTION),
+        ({"sliding_window": (511, 0)}, DenseReason.SLIDING_WINDOW),
+        ({"sliding_window": 512}, DenseReason.SLIDING_WINDOW),
+        ({"logits_soft_cap": 50.0}, DenseReason.SOFTCAP),
+        ({"alibi_slopes": [0.5]}, DenseReason.ALIBI),
+        ({"sinks": [0.0]}, DenseReason.SINKS),
+        ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, DenseReason.KV_SHARING),
+        ({"kv_cache_dtype": "fp8"}, DenseReason.QUANTIZED_KV_CACHE),
+    ],
+)
+def test_route_of_a_layer(attributes, reason):
+    assert layer_dense_reason(impl(**attributes), "model.layers.3.self_attn.attn", CONFIG) == reason
+
+
+def test_first_layers_can_be_dense():
+    config = FlashPrefillConfig(num_dense_layers=2)
+    reasons = [layer_dense_reason(impl(), f"model.layers.{i}.self_attn.attn", config) for i in range(4)]
+    assert reasons == [DenseReason.DENSE_LAYER, DenseReason.DENSE_LAYER, None, None]
+
+
+def test_layer_index():
+    assert layer_index("language_model.model.layers.12.self_attn.attn") == 12
+    assert layer_index("transformer.h.0.attn") == 0
+    with pytest.raises(ValueError, match="no layer index"):
+        layer_index("model.attn")

@@ -1,0 +1,260 @@
+import brute_force
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill.backend import cpu_attention
+from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
+from vllm_flashprefill.plan import plan_step
+from vllm_flashprefill.reference import (
+    block_mean_ref,
+    block_score_ref,
+    block_select_ref,
+    flash_prefill_paged_ref,
+    flash_prefill_ref,
+    flash_prefill_varlen_ref,
+    select_blocks_ref,
+    sparse_attention_ref,
+)
+
+SCALE = 0.25
+LENGTHS = [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1500]
+
+
+def tensors(num_tokens, seq_len, *, heads=4, kv_heads=2, dim=16, seed=0, dtype=torch.float32):
+    """Queries and keys with a few strong directions, so that blocks differ in score."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(num_tokens, heads, dim, generator=generator)
+    k = torch.randn(seq_len, kv_heads, dim, generator=generator)
+    v = torch.randn(seq_len, kv_heads, dim, generator=generator)
+    theme = torch.randn(-(-seq_len // 128), kv_heads, dim, generator=generator)
+    k += 2 * theme.repeat_interleave(128, dim=0)[:seq_len]
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def block_mask_to_tokens(mask, context_len, num_tokens):
+    rows = (torch.arange(context_len, context_len + num_tokens) // 128) - context_len // 128
+    seq_len = context_len + num_tokens
+    return mask[:, rows].repeat_interleave(128, dim=-1)[:, :, :seq_len]
+
+
+@pytest.mark.parametrize("seq_len", LENGTHS)
+@pytest.mark.parametrize("context_len", [0, 1, 128, 200])
+def test_alpha_0_is_dense(seq_len, context_len):
+    if context_len >= seq_len:
+        context_len = 0
+    q, k, v = tensors(seq_len - context_len, seq_len)
+    out = flash_prefill_ref(q, k, v, config=FlashPrefillConfig(alpha=0.0), softmax_scale=SCALE)
+    exact = brute_force.dense(q, k, v, softmax_scale=SCALE)
+    assert brute_force.relative_error(out, exact) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_errs_at_most_twice_plain_pytorch(dtype):
+    q, k, v = tensors(900, 900, dtype=dtype)
+    out = flash_prefill_ref(q, k, v, config=FlashPrefillConfig(alpha=0.0), softmax_scale=SCALE)
+    exact = brute_force.dense(q, k, v, softmax_scale=SCALE)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1),
+        k.repeat_interleave(2, dim=1).transpose(0, 1),
+        v.repeat_interleave(2, dim=1).transpose(0, 1),
+        is_causal=True,
+        scale=SCALE,
+    ).transpose(0, 1)
+    assert brute_force.relative_error(out, exact) <= 2 * brute_force.relative_error(plain, exact)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
+def test_sparse_is_exact_attention_over_the_kept_tokens(alpha):
+    config = FlashPrefillConfig(alpha=alpha)
+    q, k, v = tensors(1300, 1700)
+    mask = select_blocks_ref(q, k, context_len=400, prompt_len=1700, config=config, softmax_scale=SCALE)
+    visible = torch.ones(11, 14, dtype=torch.bool).tril(3)
+    assert mask.sum() < 4 * visible.sum(), "the case must prune something"
+    out = flash_prefill_ref(q, k, v, config=config, softmax_scale=SCALE)
+    exact = brute_force.masked(q, k, v, token_mask=block_mask_to_tokens(mask, 400, 1300), softmax_scale=SCALE)
+    assert brute_force.relative_error(out, exact) < 1e-5
+
+
+def test_mean_of_a_partial_block_divides_by_its_length():
+    _, k, _ = tensors(1, 300)
+    means = block_mean_ref(k, 128)
+    torch.testing.assert_close(means[0], k[:128].mean(dim=0))
+    torch.testing.assert_close(means[2], k[256:].mean(dim=0))
+
+
+def test_score_counts_only_rows_that_see_the_whole_block():
+    q, k, _ = tensors(300, 300)
+    score = block_score_ref(q, block_mean_ref(k, 128), context_len=0, block_size=128, softmax_scale=SCALE)
+    mean = k[128:256, 0].double().mean(dim=0)
+    other = k[:128, 0].double().mean(dim=0)
+    # Query block 1 of head 0: every row scores block 0, the last row alone scores block 1.
+    rows = SCALE * q[128:256, 0].double() @ other
+    last = SCALE * q[255, 0].double() @ mean
+    largest = max(rows.max(), last)
+    torch.testing.assert_close(score[0, 1, 0].double(), (rows - largest).exp().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(score[0, 1, 1].double(), (last - largest).exp(), rtol=1e-5, atol=0)
+    assert score[0, 1, 2] == 0
+    assert (score[:, 0, 1:] == 0).all()
+
+
+def test_score_survives_logits_no_exponential_can_hold():
+    q, k, _ = tensors(700, 700)
+    score = block_score_ref(100 * q, block_mean_ref(k, 128), context_len=0, block_size=128, softmax_scale=1.0)
+    assert torch.isfinite(score).all()
+    assert (score.amax(dim=-1) >= 1).all()
+
+
+def test_what_is_always_kept():
+    config = FlashPrefillConfig(alpha=1.0)
+    score = torch.rand(2, 20, 20)
+    score[..., 7] = 10.0
+    score = score.tril()
+    mask = block_select_ref(score, first_query_block=0, num_prompt_blocks=20, config=config)
+    for i in range(20):
+        expected = {j for j in range(i + 1) if j < 2 or i - j < 4 or i >= 18 or (j == 7 and i >= 7)}
+        if i < 7:
+            expected |= {int(score[0, i].argmax())}
+        assert set(mask[0, i].nonzero().flatten().tolist()) == expected
+
+
+def test_the_dense_tail_is_the_prompts_not_the_chunks():
+    q, k, _ = tensors(1280, 2560)
+    config = FlashPrefillConfig(alpha=1.0)
+    kept = {
+        prompt_len: select_blocks_ref(
+            q, k[:1280], context_len=0, prompt_len=prompt_len, config=config, softmax_scale=SCALE
+        )
+        for prompt_len in (1280, 2560)
+    }
+    assert kept[1280][:, -2:].sum() == 4 * (9 + 10)
+    assert kept[2560][:, -2:].sum() < 4 * (9 + 10)
+
+
+@pytest.mark.parametrize("chunk", [128, 512, 896])
+def test_aligned_chunks_select_what_one_pass_selects(chunk):
+    config = FlashPrefillConfig(alpha=0.5)
+    q, k, v = tensors(1900, 1900)
+    arguments = dict(prompt_len=1900, config=config, softmax_scale=SCALE)
+    whole = select_blocks_ref(q, k, context_len=0, **arguments)
+    out = flash_prefill_ref(q, k, v, config=config, softmax_scale=SCALE)
+    for start in range(0, 1900, chunk):
+        end = min(1900, start + chunk)
+        part = select_blocks_ref(q[start:end], k[:end], context_len=start, **arguments)
+        blocks = slice(start // 128, start // 128 + part.shape[1])
+        assert torch.equal(part, whole[:, blocks, : part.shape[2]])
+        chunk_out = flash_prefill_ref(
+            q[start:end], k[:end], v[:end], config=config, softmax_scale=SCALE, prompt_len=1900
+        )
+        torch.testing.assert_close(chunk_out, out[start:end])
+
+
+def test_grouped_heads_equal_repeated_kv_heads():
+    config = FlashPrefillConfig(alpha=0.5)
+    q, k, v = tensors(1500, 1500, heads=6, kv_heads=2)
+    grouped = flash_prefill_ref(q, k, v, config=config, softmax_scale=SCALE)
+    repeated = flash_prefill_ref(
+        q, k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1), config=config, softmax_scale=SCALE
+    )
+    torch.testing.assert_close(grouped, repeated)
+
+
+def test_packed_sequences_equal_each_alone():
+    config = FlashPrefillConfig(alpha=0.5)
+    lengths = [1, 1500, 129, 1000]
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    q, k, v = tensors(sum(lengths), sum(lengths))
+    packed = flash_prefill_varlen_ref(q, k, v, cu_seqlens, config=config, softmax_scale=SCALE)
+    for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        alone = flash_prefill_ref(q[a:b], k[a:b], v[a:b], config=config, softmax_scale=SCALE)
+        torch.testing.assert_close(packed[a:b], alone)
+
+
+def paged(sequences, page_size, *, seed):
+    """Lay [S, G, D] sequences out on shuffled pages; every slot that holds no token is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-len(sequence) // page_size) for sequence in sequences]
+    order = torch.randperm(sum(counts) + 3, generator=generator)
+    cache = torch.full((len(order), page_size, *sequences[0].shape[1:]), torch.nan)
+    table = torch.zeros(len(sequences), max(counts), dtype=torch.int32)
+    used = 0
+    for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+        pages = order[used : used + count]
+        used += count
+        table[row, :count] = pages
+        for slot in range(count):
+            piece = sequence[slot * page_size : (slot + 1) * page_size]
+            cache[pages[slot], : len(piece)] = piece
+    return cache, table
+
+
+request_strategy = st.tuples(
+    st.one_of(st.sampled_from([1, 127, 128, 129, 256]), st.integers(1, 900)),  # tokens of this step
+    st.one_of(st.sampled_from([0, 0, 1, 127, 128, 129, 512]), st.integers(0, 900)),  # tokens before it
+    st.integers(0, 500),  # tokens still to come
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(request_strategy, min_size=1, max_size=4),
+    st.sampled_from([16, 48, 128, 256]),
+    st.sampled_from([(4, 2), (3, 3), (4, 1)]),
+    st.integers(0, 2**31),
+)
+def test_random_paged_batches_at_alpha_0_equal_dense(requests, page_size, heads, seed):
+    config = FlashPrefillConfig(alpha=0.0, min_sparse_tokens=0)
+    num_heads, num_kv_heads = heads
+    parts = [
+        tensors(query, query + context, heads=num_heads, kv_heads=num_kv_heads, seed=seed + i)
+        for i, (query, context, _) in enumerate(requests)
+    ]
+    q = torch.cat([part[0] for part in parts])
+    k_cache, table = paged([part[1] for part in parts], page_size, seed=seed)
+    v_cache, _ = paged([part[2] for part in parts], page_size, seed=seed)
+    starts = torch.tensor([0, *torch.tensor([query for query, _, _ in requests]).cumsum(0)])
+    seq_lens = torch.tensor([query + context for query, context, _ in requests])
+    prompt_lens = seq_lens + torch.tensor([rest for _, _, rest in requests])
+    plan = plan_step(starts.numpy(), seq_lens.numpy(), config, prompt_lens.numpy())
+
+    poison = torch.full_like(q, torch.nan)
+    out = flash_prefill_paged_ref(
+        q, k_cache, v_cache, table, plan, config=config, softmax_scale=SCALE, out=poison
+    )
+    for request in plan.sparse:
+        exact = brute_force.dense(*parts[request.index], softmax_scale=SCALE)
+        assert brute_force.relative_error(out[request.query_slice], exact) < 1e-5
+    for index in plan.dense:
+        assert out[starts[index] : starts[index + 1]].isnan().all(), "rows of dense requests are not ours to write"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    request_strategy,
+    st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    st.sampled_from([(4, 2), (3, 3), (4, 1)]),
+    st.integers(0, 2**31),
+)
+def test_batched_cpu_attention_equals_the_reference(request_shape, alpha, heads, seed):
+    query_len, context_len, rest = request_shape
+    seq_len = query_len + context_len
+    q, k, v = tensors(query_len, seq_len, heads=heads[0], kv_heads=heads[1], seed=seed)
+    config = FlashPrefillConfig(alpha=alpha)
+    mask = select_blocks_ref(
+        q, k, context_len=context_len, prompt_len=seq_len + rest, config=config, softmax_scale=SCALE
+    )
+    arguments = dict(context_len=context_len, block_size=128, softmax_scale=SCALE)
+    out = sparse_attention_cpu(q, k, v, mask, **arguments)
+    torch.testing.assert_close(out, sparse_attention_ref(q, k, v, mask, **arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_batched_cpu_attention_gathers_in_pieces(monkeypatch):
+    q, k, v = tensors(1500, 1500)
+    config = FlashPrefillConfig(alpha=0.5)
+    mask = select_blocks_ref(q, k, context_len=0, prompt_len=1500, config=config, softmax_scale=SCALE)
+    arguments = dict(context_len=0, block_size=128, softmax_scale=SCALE)
+    whole = sparse_attention_cpu(q, k, v, mask, **arguments)
+    monkeypatch.setattr(cpu_attention, "GATHER_BYTES", 1)
+    torch.testing.assert_close(sparse_attention_cpu(q, k, v, mask, **arguments), whole)

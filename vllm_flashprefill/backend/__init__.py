@@ -1,0 +1,1 @@
+"""The attention backend. Nothing here depends on one vLLM version."""

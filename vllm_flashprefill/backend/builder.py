@@ -1,0 +1,113 @@
+"""The part of the metadata builder that no vLLM version changes: plan the step, split the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
+from vllm_flashprefill.backend.stats import recorder
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.plan import StepPlan, plan_step
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashPrefillStep:
+    """What a sparse layer needs of a step, carried by vLLM's metadata as its attribute ``flashprefill``.
+
+    Attributes:
+        plan: which requests are sparse.
+        block_table: [num_reqs, max pages] int32.
+        dense_rows: [tokens of dense requests] int64, their rows in the packed queries; None where there are none.
+        dense_metadata: vLLM's own metadata of the dense requests alone; None where there are none.
+    """
+
+    plan: StepPlan
+    block_table: torch.Tensor
+    dense_rows: torch.Tensor | None
+    dense_metadata: Any
+
+
+class FlashPrefillBuilderMixin:
+    """Goes before vLLM's metadata builder class; `build` adds a `FlashPrefillStep` to what vLLM built.
+
+    A step with no sparse request gets the metadata vLLM builds and nothing else is computed for it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        super().__init__(*args, **kwargs)
+        watch(GPUModelRunner)
+        self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+        recorder().step_done()
+        if getattr(common_attn_metadata, "causal", True):
+            metadata.flashprefill = self._plan_step(common_attn_metadata)
+        return metadata
+
+    def _plan_step(self, common: Any) -> FlashPrefillStep:
+        num_reqs = common.num_reqs
+        plan = plan_step(
+            common.query_start_loc_cpu[: num_reqs + 1].numpy(),
+            common.seq_lens_cpu[:num_reqs].numpy(),
+            self.flashprefill_config,
+            prompt_lengths(common.num_computed_tokens_cpu[:num_reqs].numpy()),
+        )
+        dense_rows = dense_metadata = None
+        if plan.sparse and len(plan.dense):
+            part, dense_rows = select_requests(common, plan.dense)
+            dense_metadata = self.build_dense(part, plan)
+        return FlashPrefillStep(plan, common.block_table_tensor, dense_rows, dense_metadata)
+
+    def build_dense(self, part: Any, plan: StepPlan) -> Any:
+        """vLLM's metadata for the dense requests of a mixed step.
+
+        Args:
+            part: the ``CommonAttentionMetadata`` of those requests alone.
+        """
+        return super().build(0, part)
+
+
+def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, torch.Tensor]:
+    """The part of a batch that some of its requests make up.
+
+    Args:
+        common: vLLM's ``CommonAttentionMetadata``.
+        requests: [n] int64, rows of the batch in ascending order.
+
+    Returns:
+        (``CommonAttentionMetadata`` of those n requests, [their tokens] int64 rows in the packed queries).
+    """
+    starts = common.query_start_loc_cpu.numpy()
+    lens = np.diff(starts[: common.num_reqs + 1])[requests]
+    new_starts = np.concatenate([[0], np.cumsum(lens)])
+    rows = np.repeat(starts[requests] - new_starts[:-1], lens) + np.arange(new_starts[-1])
+
+    device = common.query_start_loc.device
+    query_start_loc_cpu = torch.from_numpy(new_starts).to(common.query_start_loc_cpu.dtype)
+    requests_cpu = torch.from_numpy(requests)
+    rows_cpu = torch.from_numpy(rows)
+    requests_device = requests_cpu.to(device, non_blocking=True)
+    rows_device = rows_cpu.to(device, non_blocking=True)
+    seq_lens_cpu = common.seq_lens_cpu[requests_cpu]
+    changes = dict(
+        query_start_loc=query_start_loc_cpu.to(device, non_blocking=True),
+        query_start_loc_cpu=query_start_loc_cpu,
+        seq_lens=common.seq_lens[requests_device],
+        seq_lens_cpu=seq_lens_cpu,
+        num_computed_tokens_cpu=common.num_computed_tokens_cpu[requests_cpu],
+        num_reqs=len(requests),
+        num_actual_tokens=int(new_starts[-1]),
+        max_query_len=int(lens.max()),
+        max_seq_len=int(seq_lens_cpu.max()),
+        block_table_tensor=common.block_table_tensor[requests_device],
+        slot_mapping=common.slot_mapping[rows_device],
+    )
+    known = {field.name for field in dataclasses.fields(common)}
+    return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows_device

@@ -1,0 +1,17 @@
+"""The CUDA impl, as far as it goes without kernels: choosing it is an error, not a silent dense run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_flashprefill.backend.impl import FlashPrefillImplMixin
+
+
+class CUDAFlashPrefillImplMixin(FlashPrefillImplMixin):
+    """Goes before a version's FlashAttentionImpl."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "FlashPrefill has no CUDA kernels in this release; it runs on vLLM's CPU engine. "
+            "Unset FLASHPREFILL to serve this model dense"
+        )

@@ -1,0 +1,98 @@
+"""Who is sparse: the rules for a request and for a layer, and the reason of each that is not."""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Any
+
+from vllm_flashprefill.config import FlashPrefillConfig
+
+
+class DenseReason(str, enum.Enum):
+    """Why tokens went through vLLM's own attention."""
+
+    # of a request
+    DECODE = "decode"
+    SHORT_PROMPT = "short_prompt"
+    NOTHING_TO_PRUNE = "nothing_to_prune"
+    # of a step
+    NOT_PLANNED = "not_planned"
+    # of a layer
+    DENSE_LAYER = "dense_layer"
+    ENCODER = "encoder_attention"
+    CROSS_ATTENTION = "cross_attention"
+    SLIDING_WINDOW = "sliding_window"
+    SOFTCAP = "logits_soft_cap"
+    ALIBI = "alibi"
+    SINKS = "attention_sinks"
+    KV_SHARING = "kv_sharing"
+    QUANTIZED_KV_CACHE = "quantized_kv_cache"
+    KV_CACHE_LAYOUT = "kv_cache_layout"
+    CPU_ARCHITECTURE = "cpu_architecture"
+
+
+def request_dense_reason(
+    query_len: int, context_len: int, prompt_len: int, config: FlashPrefillConfig
+) -> DenseReason | None:
+    """Why this request is dense in this step, or None where it is sparse. Lengths are in tokens.
+
+    `prompt_len` may be less than the sequence so far: speculative tokens follow the last known token. The rule looks at the whole prompt, so that its chunks are routed as one pass over it would be. A step in
+    which every block would be kept anyway (the first blocks, or the dense tail alone) is dense: the result is
+    the same and dense attention is faster.
+    """
+    if context_len > 0 and context_len + 1 >= prompt_len:
+        return DenseReason.DECODE
+    prompt_len = max(prompt_len, context_len + query_len)
+    if prompt_len < config.min_sparse_tokens:
+        return DenseReason.SHORT_PROMPT
+    last_query_block = (context_len + query_len - 1) // config.block_size
+    first_tail_block = -(-prompt_len // config.block_size) - config.num_dense_tail_blocks
+    if min(last_query_block, first_tail_block - 1) < config.num_sink_blocks + config.num_window_blocks:
+        return DenseReason.NOTHING_TO_PRUNE
+    if context_len // config.block_size >= first_tail_block:
+        return DenseReason.NOTHING_TO_PRUNE
+    return None
+
+
+def layer_dense_reason(impl: Any, layer_name: str, config: FlashPrefillConfig) -> DenseReason | None:
+    """Why this attention layer is always dense, or None where its prefills may be sparse.
+
+    Args:
+        impl: a vLLM attention impl; what it carries of `attn_type`, `sliding_window`, `logits_soft_cap`,
+            `alibi_slopes`, `sinks`, `kv_sharing_target_layer_name` and `kv_cache_dtype` is read.
+        layer_name: vLLM's name of the layer, such as ``model.layers.3.self_attn.attn``.
+    """
+    attn_type = getattr(impl, "attn_type", "decoder")
+    attn_type = getattr(attn_type, "value", attn_type)
+    if attn_type == "encoder_decoder":
+        return DenseReason.CROSS_ATTENTION
+    if attn_type != "decoder":
+        return DenseReason.ENCODER
+    if getattr(impl, "sliding_window", None) not in (None, (-1, -1), [-1, -1], -1):
+        return DenseReason.SLIDING_WINDOW
+    if getattr(impl, "logits_soft_cap", None):
+        return DenseReason.SOFTCAP
+    if getattr(impl, "alibi_slopes", None) is not None:
+        return DenseReason.ALIBI
+    if getattr(impl, "sinks", None) is not None:
+        return DenseReason.SINKS
+    if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
+        return DenseReason.KV_SHARING
+    if getattr(impl, "kv_cache_dtype", "auto") not in ("auto", "float16", "bfloat16", "float32"):
+        return DenseReason.QUANTIZED_KV_CACHE
+    if config.num_dense_layers and layer_index(layer_name) < config.num_dense_layers:
+        return DenseReason.DENSE_LAYER
+    return None
+
+
+def layer_index(layer_name: str) -> int:
+    """The layer's index in its model: the first number among the dotted parts of its name.
+
+    Raises:
+        ValueError: the name has no number.
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer_name)
+    if found is None:
+        raise ValueError(f"attention layer name {layer_name!r} carries no layer index")
+    return int(found.group(1))

@@ -1,0 +1,167 @@
+"""Counters of what was sparse, what was dense and why, readable from every process of an engine.
+
+Each process that runs attention keeps its counters in a memory-mapped file of ``FLASHPREFILL_STATS_DIR``,
+which the process that registers the backend creates and its children inherit; `read_stats` sums the files.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill.config import ENV_STATS_DIR, log_interval
+
+# Under vLLM's own logger, so that its handlers and levels apply.
+logger = logging.getLogger("vllm.flashprefill")
+
+_FIELDS = ("sparse_tokens", "kept_blocks", "visible_blocks", "selection_seconds", "attention_seconds")
+_REASONS = tuple(DenseReason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What the attention layers did. Tokens are counted once in each attention layer they pass.
+
+    Attributes:
+        sparse_tokens: prefill tokens attended sparsely.
+        dense_tokens: tokens that took vLLM's own path, by reason.
+        kept_blocks: key blocks that sparse queries attended to, over query blocks, heads and layers.
+        visible_blocks: key blocks that the same queries could have attended to.
+        selection_seconds, attention_seconds: time in stages 1 to 3, and in stage 4.
+    """
+
+    sparse_tokens: int = 0
+    dense_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    kept_blocks: int = 0
+    visible_blocks: int = 0
+    selection_seconds: float = 0.0
+    attention_seconds: float = 0.0
+
+    @property
+    def density(self) -> float | None:
+        """kept_blocks / visible_blocks; None where nothing was sparse."""
+        return self.kept_blocks / self.visible_blocks if self.visible_blocks else None
+
+    def __sub__(self, earlier: Stats) -> Stats:
+        dense = {name: n - earlier.dense_tokens.get(name, 0) for name, n in self.dense_tokens.items()}
+        return Stats(
+            dense_tokens={name: n for name, n in dense.items() if n},
+            **{name: getattr(self, name) - getattr(earlier, name) for name in _FIELDS},
+        )
+
+    def __str__(self) -> str:
+        dense = sum(self.dense_tokens.values())
+        share = self.sparse_tokens / max(1, self.sparse_tokens + dense)
+        density = "-" if self.density is None else f"{self.density:.1%}"
+        reasons = ", ".join(f"{name} {n}" for name, n in sorted(self.dense_tokens.items(), key=lambda x: -x[1]))
+        return (
+            f"density {density}, sparse {share:.1%} of {self.sparse_tokens + dense} layer-tokens, "
+            f"selection {self.selection_seconds:.2f} s, attention {self.attention_seconds:.2f} s, "
+            f"dense: {reasons or 'none'}"
+        )
+
+
+class StatsRecorder:
+    """The counters of this process; logs them at intervals where ``FLASHPREFILL_LOG_STATS`` asks for it."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        directory = os.environ.get(ENV_STATS_DIR)
+        shape = len(_FIELDS) + len(_REASONS)
+        if directory and os.path.isdir(directory):
+            path = Path(directory) / f"{self.pid}.f64"
+            self._counters = np.memmap(path, dtype=np.float64, mode="w+", shape=shape)
+        else:
+            self._counters = np.zeros(shape)
+        self._log_interval = log_interval()
+        self._logged_at = time.monotonic()
+        self._logged = Stats()
+        if self._log_interval is not None:
+            atexit.register(self._log)
+
+    def add_sparse(self, tokens: int, kept_blocks: int, visible_blocks: int, selection: float, attention: float):
+        self._counters[: len(_FIELDS)] += (tokens, kept_blocks, visible_blocks, selection, attention)
+
+    def add_dense(self, reason: DenseReason, tokens: int) -> None:
+        self._counters[len(_FIELDS) + _REASONS.index(reason)] += tokens
+
+    def step_done(self) -> None:
+        """Log what happened since the last line, if the interval has passed."""
+        if self._log_interval is not None and time.monotonic() - self._logged_at >= self._log_interval:
+            self._log()
+
+    def _log(self) -> None:
+        now = _to_stats(self._counters)
+        if now != self._logged:
+            logger.info("FlashPrefill: %s", now - self._logged)
+        self._logged, self._logged_at = now, time.monotonic()
+
+
+_recorder: StatsRecorder | None = None
+
+
+def recorder() -> StatsRecorder:
+    """This process's recorder, made on first use (a forked child makes its own)."""
+    global _recorder
+    if _recorder is None or _recorder.pid != os.getpid():
+        _recorder = StatsRecorder()
+    return _recorder
+
+
+def read_stats() -> Stats:
+    """The sum over all processes that this one's engines run, since the backend was registered."""
+    total = np.zeros(len(_FIELDS) + len(_REASONS))
+    directory = os.environ.get(ENV_STATS_DIR)
+    if directory:
+        for path in Path(directory).glob("*.f64"):
+            counters = np.fromfile(path, dtype=np.float64)
+            if counters.shape == total.shape:
+                total += counters
+    return _to_stats(total)
+
+
+def share_stats() -> None:
+    """Create the folder of the counters, unless a parent process has; it goes when this process ends."""
+    if os.environ.get(ENV_STATS_DIR):
+        return
+    directory = tempfile.mkdtemp(prefix="flashprefill-stats-")
+    os.environ[ENV_STATS_DIR] = directory
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(remove)
+
+
+def unshare_stats() -> None:
+    """Forget the folder of the counters and this process's recorder."""
+    global _recorder
+    _recorder = None
+    with contextlib.suppress(KeyError):
+        del os.environ[ENV_STATS_DIR]
+
+
+def _to_stats(counters: np.ndarray) -> Stats:
+    values = counters.tolist()
+    fields = dict(zip(_FIELDS, values))
+    dense = dict(zip((reason.value for reason in _REASONS), values[len(_FIELDS) :]))
+    return Stats(
+        sparse_tokens=int(fields["sparse_tokens"]),
+        dense_tokens={name: int(n) for name, n in dense.items() if n},
+        kept_blocks=int(fields["kept_blocks"]),
+        visible_blocks=int(fields["visible_blocks"]),
+        selection_seconds=fields["selection_seconds"],
+        attention_seconds=fields["attention_seconds"],
+    )

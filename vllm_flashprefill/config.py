@@ -1,0 +1,199 @@
+"""Options of FlashPrefill, where they come from, and which source wins.
+
+An option is taken from the first of these that names it:
+
+1. vLLM's ``--additional-config '{"flashprefill": {"alpha": 0.1}}'``
+2. an environment variable, ``FLASHPREFILL_ALPHA=0.1``
+3. code, ``vllm_flashprefill.register(alpha=0.1)``
+4. the preset of the model family (`PRESETS`)
+5. the default of `FlashPrefillConfig`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+BLOCK_SIZE = 128
+
+# alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen2/2.5-7B, Qwen3-30B-A3B,
+# Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199).
+PRESETS: dict[str, dict[str, float]] = {
+    "llama": {"alpha": 0.18},
+    "qwen2": {"alpha": 0.08},
+    "qwen3_moe": {"alpha": 0.12},
+    "qwen2_5_vl": {"alpha": 0.10},
+    "qwen3_vl_moe": {"alpha": 0.22},
+}
+
+ENV_PREFIX = "FLASHPREFILL_"
+ENV_ENABLE = "FLASHPREFILL"
+# JSON object of the options given in code; how they reach the engine's own processes.
+ENV_CODE_OPTIONS = "FLASHPREFILL_CODE_OPTIONS"
+ENV_LOG_STATS = "FLASHPREFILL_LOG_STATS"
+ENV_STATS_DIR = "FLASHPREFILL_STATS_DIR"
+_ENV_RESERVED = {ENV_CODE_OPTIONS, ENV_LOG_STATS, ENV_STATS_DIR}
+
+ADDITIONAL_CONFIG_KEY = "flashprefill"
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashPrefillConfig:
+    """Which key blocks a prefill may skip, and which prefills may skip any.
+
+    Attributes:
+        alpha: a key block is kept where its score is at least this fraction of the best block's;
+            in [0, 1]. 0 keeps every block, which is dense attention.
+        block_size: tokens of a query or key block; 128.
+        num_sink_blocks: key blocks at the start of the sequence that are always kept.
+        num_window_blocks: most recent key blocks, the query's own among them, always kept; at least 1.
+        num_dense_tail_blocks: last query blocks of a prompt that attend to everything.
+        min_sparse_tokens: prompts shorter than this many tokens stay dense.
+        num_dense_layers: this many first layers of the model stay dense.
+    """
+
+    alpha: float = 0.08
+    block_size: int = BLOCK_SIZE
+    num_sink_blocks: int = 2
+    num_window_blocks: int = 4
+    num_dense_tail_blocks: int = 2
+    min_sparse_tokens: int = 2048
+    num_dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.alpha) or not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"flashprefill: alpha must be a number in [0, 1], not {self.alpha!r}")
+        for name, least in _INTEGER_OPTIONS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"flashprefill: {name} must be an integer of at least {least}, not {value!r}")
+        if self.block_size != BLOCK_SIZE:
+            raise ValueError(f"flashprefill: block_size must be {BLOCK_SIZE}, not {self.block_size}")
+
+    @classmethod
+    def from_options(cls, *sources: Mapping[str, Any]) -> FlashPrefillConfig:
+        """A config from option mappings, an earlier one winning over a later one.
+
+        Raises:
+            ValueError: an unknown option, a wrong type or a value out of range.
+        """
+        merged: dict[str, Any] = {}
+        for source in reversed(sources):
+            for name in source:
+                if name not in OPTIONS:
+                    raise ValueError(f"flashprefill: unknown option {name!r}{_suggest(name, OPTIONS)}")
+            merged.update(source)
+        return cls(**merged)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> FlashPrefillConfig:
+        """A config from ``FLASHPREFILL_*`` variables, then options given in code, then defaults.
+
+        Raises:
+            ValueError: an unknown variable or option, a wrong type or a value out of range.
+        """
+        return cls.from_options(env_options(environ), code_options(environ))
+
+    @classmethod
+    def from_vllm(cls, vllm_config: Any, environ: Mapping[str, str] = os.environ) -> FlashPrefillConfig:
+        """The config of an engine, from all five sources.
+
+        Args:
+            vllm_config: a ``vllm.config.VllmConfig``.
+
+        Raises:
+            ValueError: an unknown variable or option, a wrong type or a value out of range.
+        """
+        hf_config = getattr(getattr(vllm_config, "model_config", None), "hf_config", None)
+        preset = PRESETS.get(getattr(hf_config, "model_type", None), {})
+        additional = getattr(vllm_config, "additional_config", None) or {}
+        options = additional.get(ADDITIONAL_CONFIG_KEY, {}) if isinstance(additional, Mapping) else {}
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"flashprefill: additional_config[{ADDITIONAL_CONFIG_KEY!r}] must be an object of options, "
+                f"not {options!r}"
+            )
+        return cls.from_options(options, env_options(environ), code_options(environ), preset)
+
+
+_INTEGER_OPTIONS = {
+    "block_size": 1,
+    "num_sink_blocks": 0,
+    "num_window_blocks": 1,
+    "num_dense_tail_blocks": 0,
+    "min_sparse_tokens": 0,
+    "num_dense_layers": 0,
+}
+OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
+
+
+def enabled(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``FLASHPREFILL`` asks for the backend.
+
+    Raises:
+        ValueError: it is neither unset, empty, 0 nor 1.
+    """
+    value = environ.get(ENV_ENABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"flashprefill: {ENV_ENABLE} must be 0 or 1, not {value!r}")
+    return value == "1"
+
+
+def log_interval(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Seconds between two log lines of the statistics, None for no log; ``FLASHPREFILL_LOG_STATS=1`` is 10 s.
+
+    Raises:
+        ValueError: not a positive number of seconds.
+    """
+    value = environ.get(ENV_LOG_STATS, "")
+    if value in ("", "0"):
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"flashprefill: {ENV_LOG_STATS} must be 0, 1 or a number of seconds, not {value!r}")
+    return 10.0 if value == "1" else seconds
+
+
+def env_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The options that ``FLASHPREFILL_*`` variables name.
+
+    Raises:
+        ValueError: an unknown variable, or a value that is not a number.
+    """
+    options: dict[str, Any] = {}
+    for name, text in environ.items():
+        if not name.startswith(ENV_PREFIX) or name in _ENV_RESERVED:
+            continue
+        option = name.removeprefix(ENV_PREFIX).lower()
+        if option not in OPTIONS:
+            known = [ENV_PREFIX + known.upper() for known in OPTIONS] + sorted(_ENV_RESERVED)
+            raise ValueError(f"flashprefill: unknown environment variable {name}{_suggest(name, known)}")
+        kind = int if option in _INTEGER_OPTIONS else float
+        try:
+            options[option] = kind(text)
+        except ValueError:
+            noun = "an integer" if kind is int else "a number"
+            raise ValueError(f"flashprefill: {name} must be {noun}, not {text!r}") from None
+    return options
+
+
+def code_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The options given in code, by this process or the one that started it."""
+    return json.loads(environ.get(ENV_CODE_OPTIONS, "{}"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,70 @@
+"""Registers FlashPrefill with vLLM 0.10.0 (engine V1) when imported.
+
+Target: ``get_attn_backend_cls`` of the current platform's class.
+Why: this version has no backend registry; what this method answers is the class that every layer gets.
+How: where vLLM answers its CPU or FlashAttention backend of engine V1, ours, which subclasses it, is answered.
+Can go: with support for 0.10.0.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_flashprefill.patches import registration
+from vllm_flashprefill.patches.registration import revert
+
+__all__ = ["load", "revert"]
+
+CLASS_PATHS = {
+    "vllm.v1.attention.backends.cpu_attn.TorchSDPABackend": (
+        "vllm_flashprefill.patches.vllm_0_10_0_cpu.FlashPrefillCPUBackend"
+    ),
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend": (
+        "vllm_flashprefill.patches.vllm_0_10_0_cuda.FlashPrefillCUDABackend"
+    ),
+}
+
+
+def load() -> None:
+    """Register in this process, and in those it starts. Idempotent; importing this module calls it."""
+    registration.load(__name__, _apply)
+
+
+def _apply() -> None:
+    from vllm import envs
+    from vllm.attention.selector import _cached_get_attn_backend
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    def require_v1() -> None:
+        if not envs.VLLM_USE_V1:
+            raise RuntimeError(
+                "FlashPrefill serves vLLM 0.10.0's V1 engine only; unset VLLM_USE_V1=0 or the option that needs V0"
+            )
+
+    def answer_ours(original: Any) -> Any:
+        @functools.wraps(original)
+        def get_attn_backend_cls(cls: type, *args: Any, **kwargs: Any) -> str:
+            class_path = original(*args, **kwargs)
+            return CLASS_PATHS.get(class_path, class_path)
+
+        return classmethod(get_attn_backend_cls)
+
+    def check_engine(original: Any) -> Any:
+        @functools.wraps(original)
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            vllm_config = original(self, *args, **kwargs)
+            require_v1()
+            return vllm_config
+
+        return create_engine_config
+
+    require_v1()
+    registration.wrap(type(current_platform), "get_attn_backend_cls", answer_ours)
+    registration.wrap(EngineArgs, "create_engine_config", check_engine)
+    _cached_get_attn_backend.cache_clear()
+    registration.on_revert(_cached_get_attn_backend.cache_clear)
+
+
+load()

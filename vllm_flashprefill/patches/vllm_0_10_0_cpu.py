@@ -1,0 +1,72 @@
+"""FlashPrefill in vLLM 0.10.0's CPU attention (engine V1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import (
+    TorchSDPABackend,
+    TorchSDPABackendImpl,
+    TorchSDPAMetadata,
+    TorchSDPAMetadataBuilderV1,
+)
+
+from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
+from vllm_flashprefill.backend.impl import CPUFlashPrefillImplMixin
+from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill.plan import StepPlan
+
+
+class FlashPrefillCPUBackend(TorchSDPABackend):
+    @staticmethod
+    def get_impl_cls() -> type[FlashPrefillCPUImpl]:
+        return FlashPrefillCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashPrefillCPUMetadataBuilder]:
+        return FlashPrefillCPUMetadataBuilder
+
+
+class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, TorchSDPAMetadataBuilderV1):
+    def build_dense(self, part: Any, plan: StepPlan) -> TorchSDPAMetadata:
+        # vLLM has put the requests in prefill first; `num_prompt_req` says how many they are.
+        num_prompt_req = self.num_prompt_req
+        self.num_prompt_req = int((plan.dense < num_prompt_req).sum())
+        try:
+            return super().build_dense(part, plan)
+        finally:
+            self.num_prompt_req = num_prompt_req
+
+
+class FlashPrefillCPUImpl(CPUFlashPrefillImplMixin, TorchSDPABackendImpl):
+    def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: TorchSDPAMetadata) -> DenseReason | None:
+        reason = super().dense_reason(layer, kv_cache, attn_metadata)
+        if reason is None and self._split(kv_cache)[0].dim() != 4:
+            # Without intel_extension_for_pytorch the cache is packed for a decode kernel alone.
+            return DenseReason.KV_CACHE_LAYOUT
+        return reason
+
+    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
+        k_cache, v_cache = self._split(kv_cache)
+        self.paged_attn_impl.write_to_paged_cache(
+            key,
+            value,
+            k_cache,
+            v_cache,
+            attn_metadata.slot_mapping,
+            self.kv_cache_dtype,
+            layer._k_scale,
+            layer._v_scale,
+        )
+
+    def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k_cache, v_cache = self._split(kv_cache)
+        return k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+
+    def forward_dense(self, layer, query, key, value, kv_cache, dense_metadata) -> torch.Tensor:
+        return self.vllm_forward(layer, query, key, value, kv_cache, dense_metadata).view(query.shape)
+
+    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, [num_pages, G, page_size, D] each."""
+        return self.paged_attn_impl.split_kv_cache(kv_cache, self.num_kv_heads, self.head_size)

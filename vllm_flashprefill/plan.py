@@ -1,0 +1,99 @@
+"""The plan of one engine step: which requests are sparse, and where their blocks lie. Host only, once a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+
+from vllm_flashprefill.backend.routing import DenseReason, request_dense_reason
+from vllm_flashprefill.config import FlashPrefillConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseRequest:
+    """One request of the step whose prefill is sparse. Lengths are in tokens.
+
+    Attributes:
+        index: its row in the batch, so in the block table too.
+        query_start: its first token in the step's packed queries.
+        query_len: its tokens in this step.
+        context_len: tokens already in the KV cache before this step.
+        prompt_len: tokens of its whole prefill, later chunks included.
+    """
+
+    index: int
+    query_start: int
+    query_len: int
+    context_len: int
+    prompt_len: int
+
+    @property
+    def seq_len(self) -> int:
+        return self.context_len + self.query_len
+
+    @property
+    def query_slice(self) -> slice:
+        return slice(self.query_start, self.query_start + self.query_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What one step's batch does.
+
+    Attributes:
+        sparse: the sparse requests, in batch order.
+        dense: rows in the batch of the other requests, int64, in batch order.
+        dense_tokens: tokens of this step that stay dense, by reason.
+    """
+
+    sparse: tuple[SparseRequest, ...]
+    dense: np.ndarray
+    dense_tokens: dict[DenseReason, int]
+
+    @property
+    def num_sparse_tokens(self) -> int:
+        return sum(request.query_len for request in self.sparse)
+
+
+def plan_step(
+    query_start_loc: np.ndarray,
+    seq_lens: np.ndarray,
+    config: FlashPrefillConfig,
+    prompt_lens: np.ndarray | None = None,
+) -> StepPlan:
+    """Split a step's requests into sparse and dense.
+
+    Args:
+        query_start_loc: [num_reqs + 1] integers, each request's first token in the packed queries.
+        seq_lens: [num_reqs] integers, tokens of each request up to and including this step.
+        prompt_lens: [num_reqs] integers, tokens of each request's whole prefill. Without it the prefill
+            is taken to end with this step.
+
+    Raises:
+        ValueError: arrays that do not describe a batch.
+    """
+    query_start_loc = np.asarray(query_start_loc)
+    seq_lens = np.asarray(seq_lens)
+    query_lens = np.diff(query_start_loc)
+    if query_lens.shape != seq_lens.shape:
+        raise ValueError(f"query_start_loc has {len(query_lens)} requests, seq_lens has {len(seq_lens)}")
+    if (query_lens < 0).any() or (query_lens > seq_lens).any():
+        raise ValueError("query_start_loc must not decrease, nor a request have more queries than tokens")
+    known_lens = seq_lens if prompt_lens is None else np.asarray(prompt_lens)
+
+    sparse: list[SparseRequest] = []
+    dense: list[int] = []
+    dense_tokens: Counter[DenseReason] = Counter()
+    batch = zip(query_start_loc.tolist(), query_lens.tolist(), seq_lens.tolist(), known_lens.tolist())
+    for index, (query_start, query_len, seq_len, known_len) in enumerate(batch):
+        context_len = seq_len - query_len
+        reason = request_dense_reason(query_len, context_len, known_len, config)
+        if reason is None:
+            prompt_len = max(known_len, seq_len)
+            sparse.append(SparseRequest(index, query_start, query_len, context_len, prompt_len))
+        else:
+            dense.append(index)
+            dense_tokens[reason] += query_len
+    return StepPlan(tuple(sparse), np.array(dense, dtype=np.int64), dict(dense_tokens))

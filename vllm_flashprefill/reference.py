@@ -1,0 +1,269 @@
+"""The four stages in plain PyTorch: pool, score, select, attend. This file defines what is correct.
+
+Blocks are cut at absolute positions of the sequence, so a chunk that starts or ends on a block boundary
+selects what one pass over the whole prompt selects. Shapes: T tokens of this chunk, S = context_len + T
+tokens of the sequence so far, H query heads, G KV heads (query head h reads KV head h // (H // G)), D head
+size, B block size, NQ query blocks that the chunk touches, NK = ceil(S / B) key blocks.
+
+Source: FlashPrefill, arXiv 2603.06199.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.plan import StepPlan
+
+
+def block_mean_ref(k: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Stage 1, pool: the mean key of each block; a last, partial block divides by its real length.
+
+    Args:
+        k: [S, G, D], keys of the whole sequence so far.
+
+    Returns:
+        [NK, G, D] in float32.
+    """
+    blocks = k.split(block_size)
+    return torch.stack([block.float().mean(dim=0) for block in blocks])
+
+
+def block_score_ref(
+    q: torch.Tensor, k_mean: torch.Tensor, *, context_len: int, block_size: int, softmax_scale: float
+) -> torch.Tensor:
+    """Stage 2, score: how much of its attention a query block would give to each mean key.
+
+    A row at position p scores the blocks whose last token is at most p. A query block's score of key block j
+    is the sum over its rows of exp(s[row, j] - m), m being the largest s over all its rows and blocks.
+
+    Args:
+        q: [T, H, D], queries of this chunk.
+        k_mean: [NK, G, D] in float32, from `block_mean_ref`.
+        context_len: tokens of the sequence before this chunk.
+
+    Returns:
+        [H, NQ, NK] in float32; 0 where no row of the query block sees the whole key block.
+    """
+    num_tokens, num_heads, _ = q.shape
+    num_key_blocks = k_mean.shape[0]
+    seq_len = context_len + num_tokens
+    keys = k_mean.repeat_interleave(num_heads // k_mean.shape[1], dim=1).permute(1, 2, 0)
+    block_ends = torch.arange(1, num_key_blocks + 1, device=q.device) * block_size - 1
+    block_ends.clamp_(max=seq_len - 1)
+
+    scores = []
+    for start, end in query_block_bounds(context_len, num_tokens, block_size):
+        rows = q[start - context_len : end - context_len].float().transpose(0, 1)
+        s = softmax_scale * (rows @ keys)
+        positions = torch.arange(start, end, device=q.device)
+        s = s.masked_fill(block_ends > positions[:, None], -torch.inf)
+        largest = s.amax(dim=(1, 2), keepdim=True)
+        scores.append(torch.exp(s - largest.clamp(min=torch.finfo(torch.float32).min)).sum(dim=1))
+    return torch.stack(scores, dim=1)
+
+
+def block_select_ref(
+    score: torch.Tensor, *, first_query_block: int, num_prompt_blocks: int, config: FlashPrefillConfig
+) -> torch.Tensor:
+    """Stage 3, select: which key blocks each query block attends to.
+
+    Args:
+        score: [H, NQ, NK], from `block_score_ref`.
+        first_query_block: absolute index of the chunk's first query block.
+        num_prompt_blocks: blocks of the whole prompt, whose last `num_dense_tail_blocks` keep everything.
+
+    Returns:
+        [H, NQ, NK] bool. A block after the query's own is never kept; the query's own always is.
+    """
+    _, num_query_blocks, num_key_blocks = score.shape
+    i = torch.arange(first_query_block, first_query_block + num_query_blocks, device=score.device)[:, None]
+    j = torch.arange(num_key_blocks, device=score.device)[None, :]
+    always = (
+        (j < config.num_sink_blocks)
+        | (i - j < config.num_window_blocks)
+        | (i >= num_prompt_blocks - config.num_dense_tail_blocks)
+    )
+    kept = score >= config.alpha * score.amax(dim=-1, keepdim=True)
+    return (kept | always) & (j <= i)
+
+
+def sparse_attention_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    context_len: int,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Stage 4, attend: exact softmax attention over the kept blocks, causal inside the query's own.
+
+    Args:
+        q: [T, H, D]. k, v: [S, G, D].
+        mask: [H, NQ, NK] bool, from `block_select_ref`.
+
+    Returns:
+        [T, H, D] in q's dtype; logits, softmax and the sum over values are in float32.
+    """
+    num_tokens, num_heads, _ = q.shape
+    group = num_heads // k.shape[1]
+    keys = k.float().repeat_interleave(group, dim=1).permute(1, 2, 0)
+    values = v.float().repeat_interleave(group, dim=1).transpose(0, 1)
+    out = torch.empty_like(q)
+    for index, (start, end) in enumerate(query_block_bounds(context_len, num_tokens, block_size)):
+        rows = q[start - context_len : end - context_len].float().transpose(0, 1)
+        logits = softmax_scale * (rows @ keys[:, :, :end])
+        kept = mask[:, index].repeat_interleave(block_size, dim=-1)[:, None, :end]
+        positions = torch.arange(start, end, device=q.device)
+        causal = torch.arange(end, device=q.device) <= positions[:, None]
+        probabilities = logits.masked_fill(~(kept & causal), -torch.inf).softmax(dim=-1)
+        out[start - context_len : end - context_len] = (probabilities @ values[:, :end]).transpose(0, 1).to(q.dtype)
+    return out
+
+
+def query_block_bounds(context_len: int, num_tokens: int, block_size: int) -> list[tuple[int, int]]:
+    """[start, end) absolute token positions of each query block's rows that lie in this chunk."""
+    seq_len = context_len + num_tokens
+    first = context_len // block_size
+    last = (seq_len - 1) // block_size
+    return [(max(context_len, i * block_size), min(seq_len, (i + 1) * block_size)) for i in range(first, last + 1)]
+
+
+def select_blocks_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    context_len: int,
+    prompt_len: int,
+    config: FlashPrefillConfig,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Stages 1 to 3 for one sequence.
+
+    Args:
+        q: [T, H, D], queries of this chunk. k: [S, G, D], keys of the whole sequence so far.
+        prompt_len: tokens of the whole prompt, later chunks included.
+
+    Returns:
+        [H, NQ, NK] bool.
+    """
+    block_size = config.block_size
+    score = block_score_ref(
+        q, block_mean_ref(k, block_size), context_len=context_len, block_size=block_size, softmax_scale=softmax_scale
+    )
+    return block_select_ref(
+        score,
+        first_query_block=context_len // block_size,
+        num_prompt_blocks=-(-prompt_len // block_size),
+        config=config,
+    )
+
+
+def flash_prefill_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    config: FlashPrefillConfig,
+    softmax_scale: float,
+    prompt_len: int | None = None,
+) -> torch.Tensor:
+    """All four stages for one sequence whose last T tokens are this chunk.
+
+    Args:
+        q: [T, H, D]. k, v: [S, G, D], S >= T.
+        prompt_len: tokens of the whole prompt; S if the chunk ends it.
+
+    Returns:
+        [T, H, D] in q's dtype.
+    """
+    context_len = k.shape[0] - q.shape[0]
+    mask = select_blocks_ref(
+        q,
+        k,
+        context_len=context_len,
+        prompt_len=prompt_len or k.shape[0],
+        config=config,
+        softmax_scale=softmax_scale,
+    )
+    return sparse_attention_ref(
+        q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=softmax_scale
+    )
+
+
+def flash_prefill_varlen_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    config: FlashPrefillConfig,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """`flash_prefill_ref` for whole prompts packed one after another.
+
+    Args:
+        q: [total, H, D]. k, v: [total, G, D].
+        cu_seqlens: [sequences + 1] integers, where each sequence starts; the last is total.
+
+    Returns:
+        [total, H, D] in q's dtype.
+    """
+    bounds = cu_seqlens.tolist()
+    outputs = [
+        flash_prefill_ref(q[a:b], k[a:b], v[a:b], config=config, softmax_scale=softmax_scale)
+        for a, b in zip(bounds[:-1], bounds[1:])
+    ]
+    return torch.cat(outputs)
+
+
+def gather_pages(cache: torch.Tensor, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """The first `seq_len` tokens of one request from a paged cache.
+
+    Args:
+        cache: [num_pages, page_size, G, D], any strides.
+        pages: [>= ceil(seq_len / page_size)] integers, the request's row of the block table.
+
+    Returns:
+        [seq_len, G, D].
+    """
+    num_pages = -(-seq_len // cache.shape[1])
+    return cache[pages[:num_pages].long()].flatten(0, 1)[:seq_len]
+
+
+def flash_prefill_paged_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: StepPlan,
+    *,
+    config: FlashPrefillConfig,
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """All four stages for the sparse requests of a step, whose keys and values are all in the cache.
+
+    Args:
+        q: [tokens of the step, H, D].
+        k_cache, v_cache: [num_pages, page_size, G, D], any strides, any page size.
+        block_table: [num_reqs, max pages] integers.
+        plan: which requests are sparse.
+        out: [tokens of the step, H, D]; rows of other requests are left alone.
+
+    Returns:
+        out.
+    """
+    for request in plan.sparse:
+        pages = block_table[request.index]
+        out[request.query_slice] = flash_prefill_ref(
+            q[request.query_slice],
+            gather_pages(k_cache, pages, request.seq_len),
+            gather_pages(v_cache, pages, request.seq_len),
+            config=config,
+            softmax_scale=softmax_scale,
+            prompt_len=request.prompt_len,
+        )
+    return out
