@@ -58,7 +58,7 @@ def make_prompts(tokenizer, lengths: list[int]) -> list[Prompt]:
     prompts = []
     for index, length in enumerate(lengths):
         name, code = FACTS[index % len(FACTS)]
-        depth = (0.15, 0.5, 0.75, 0.35)[index % 4]
+        depth = (0.15, 0.5, 0.35, 0.75)[index % 4]
         fact = tokenizer.encode(f"\n\nThe secret code of the {name} is {code}.\n\n", add_special_tokens=False)
         question = tokenizer.encode(
             f"\n\nQuestion: What is the secret code of the {name}?\nAnswer: The secret code of the {name} is",
