@@ -63,7 +63,7 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @pytest.mark.parametrize("length", [4096, 7500])
-def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer, capsys):
+def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer, capfd):
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -75,7 +75,7 @@ def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer
     body = text_ids[:room]
     prompts = [body[: int(depth * room)] + fact + body[int(depth * room) :] + question for depth in DEPTHS]
     missed = []
-    with engine({}, dtype="bfloat16") as generate, capsys.disabled():
+    with engine({}, dtype="bfloat16") as generate, capfd.disabled():
         for depth, prompt in zip(DEPTHS, prompts, strict=True):
             (answer,), stats = generate([(prompt, 6)])
             found = "7391" in answer["text"]
