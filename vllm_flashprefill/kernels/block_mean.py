@@ -14,7 +14,7 @@ from vllm_flashprefill.kernels.schedule import Schedule
 MEAN_DTYPE = torch.float16
 
 
-@triton.jit(do_not_specialize=["stride_mg", "stride_table"])
+@triton.jit(do_not_specialize=["num_mean_rows", "stride_table"])
 def _block_mean_kernel(
     k_ptr,
     mean_ptr,
@@ -24,7 +24,7 @@ def _block_mean_kernel(
     stride_kt,
     stride_kg,
     stride_table,
-    stride_mg: tl.int64,
+    num_mean_rows,
     HEAD_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -52,8 +52,8 @@ def _block_mean_kernel(
     # [HEAD_SIZE]
     mean = tl.sum(k, axis=0) / tl.minimum(seq_len - block * BLOCK, BLOCK)
     mean = tl.minimum(tl.maximum(mean, -65504.0), 65504.0)
-    row = (tl.load(request_ptr + 6) + block).to(tl.int64)
-    tl.store(mean_ptr + kv_head * stride_mg + row * HEAD_SIZE + offs_dim, mean.to(mean_ptr.dtype.element_ty))
+    row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6) + block
+    tl.store(mean_ptr + row * HEAD_SIZE + offs_dim, mean.to(mean_ptr.dtype.element_ty))
 
 
 def block_mean(
@@ -82,7 +82,7 @@ def block_mean(
         k.stride(1),
         k.stride(2),
         0 if block_table is None else block_table.stride(0),
-        out.stride(0),
+        out.shape[1],
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
         PAGE_SIZE=0 if block_table is None else k.shape[1],

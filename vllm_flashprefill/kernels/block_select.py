@@ -27,7 +27,7 @@ def _log2_sum(s, scale):
     return largest * scale + tl.log2(tl.sum(tl.exp2(s * scale - (largest * scale)[:, None]), axis=1))
 
 
-@triton.jit(do_not_specialize=["num_work", "first_item", "stride_mg", "stride_scores"])
+@triton.jit(do_not_specialize=["num_work", "first_item", "num_mean_rows", "stride_scores"])
 def _block_select_kernel(
     q_ptr,
     mean_ptr,
@@ -43,7 +43,7 @@ def _block_select_kernel(
     stride_qb: tl.int64,
     stride_qt,
     stride_qh,
-    stride_mg: tl.int64,
+    num_mean_rows,
     stride_scores: tl.int64,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -82,10 +82,9 @@ def _block_select_kernel(
             # [HEAD_SIZE, BLOCK]
             q = tl.load(q_start_ptr + offs_rows.to(tl.int64)[None, :] * stride_qt + offs_dim[:, None])
             q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(mean_ptr.dtype.element_ty)
-            mean_row = tl.load(request_ptr + 6).to(tl.int64)
+            mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6)
             # [BLOCK_N, HEAD_SIZE]
-            mean_ptrs = mean_ptr + (head // GROUP).to(tl.int64) * stride_mg + mean_row * HEAD_SIZE
-            mean_ptrs = mean_ptrs + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
+            mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
 
             # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
             all_rows = (query_block * BLOCK >= context_len) & ((query_block + 1) * BLOCK <= context_len + query_len)
@@ -168,7 +167,7 @@ def block_select(
         q.stride(0),
         q.stride(1),
         q.stride(2),
-        mean.stride(0),
+        mean.shape[1],
         scores.stride(0),
         NUM_HEADS=num_heads,
         GROUP=num_heads // len(mean),

@@ -16,6 +16,8 @@ class AttentionConfig:
     num_warps: int
     num_stages: int
     tma: bool = False
+    warp_specialize: bool = False
+    by_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

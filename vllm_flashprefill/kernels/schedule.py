@@ -52,10 +52,11 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-    """Items [first_item, first_item + num_items), whose lists take list_slots entries per head."""
+    """Items [first_item, first_item + num_items), the dense ones first; their lists take list_slots entries per head."""
 
     first_item: int
     num_items: int
+    num_dense_items: int
     list_slots: int
 
 
@@ -109,7 +110,7 @@ def schedule_sequences(
         dense.append(block >= tail)
     index, block, is_dense = np.concatenate(indices), np.concatenate(blocks), np.concatenate(dense)
     order = np.lexsort((-block, ~is_dense))
-    index, block = index[order], block[order]
+    index, block, is_dense = index[order], block[order], is_dense[order]
 
     # A slab holds at least one item, however long its lists.
     ends = np.cumsum(block + 1)
@@ -121,7 +122,7 @@ def schedule_sequences(
     while first < len(block):
         last = max(int(np.searchsorted(ends, used + slots_at_once, side="right")), first + 1)
         items[first:last, 2] = ends[first:last] - (block[first:last] + 1) - used
-        slabs.append(Slab(first, last - first, int(ends[last - 1]) - used))
+        slabs.append(Slab(first, last - first, int(is_dense[first:last].sum()), int(ends[last - 1]) - used))
         first, used = last, int(ends[last - 1])
 
     uploaded = _upload(np.concatenate([requests.ravel(), items.ravel()]), device)

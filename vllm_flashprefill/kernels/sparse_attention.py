@@ -42,7 +42,7 @@ def _softmax_step(s, v, acc, row_max, row_sum, scale):
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["first_item", "rows_per_batch", "stride_table"])
+@triton.jit(do_not_specialize=["first_item", "num_dense_items", "rows_per_batch", "stride_table"])
 def _sparse_attention_kernel(
     q_ptr,
     k_ptr,
@@ -56,6 +56,7 @@ def _sparse_attention_kernel(
     lists_ptr,
     counts_ptr,
     first_item,
+    num_dense_items,
     rows_per_batch,
     scale,
     stride_qb: tl.int64,
@@ -78,10 +79,19 @@ def _sparse_attention_kernel(
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     USE_TMA: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     work = tl.program_id(0)
+    if BY_HEAD:
+        # After the dense items, one KV head's query blocks after another's: they share keys in the L2 cache.
+        num_dense = num_dense_items * NUM_HEADS
+        if work >= num_dense:
+            per_kv_head = (tl.num_programs(0) - num_dense) // (NUM_HEADS // GROUP)
+            within = (work - num_dense) % per_kv_head
+            work = (work - num_dense) // per_kv_head * GROUP + within % GROUP
+            work += num_dense + within // GROUP * NUM_HEADS
     head = work % NUM_HEADS
     kv_head = head // GROUP
     item_ptr = items_ptr + (first_item + work // NUM_HEADS) * 3
@@ -199,6 +209,7 @@ def sparse_attention(
         lists,
         counts,
         slab.first_item,
+        slab.num_dense_items,
         k.shape[1],
         softmax_scale * LOG2_E,
         q.stride(0),
@@ -221,7 +232,8 @@ def sparse_attention(
         BLOCK_N=launch.block_n,
         PAGE_SIZE=page_size,
         USE_TMA=use_tma,
-        WARP_SPECIALIZE=False,
+        BY_HEAD=launch.by_head,
+        WARP_SPECIALIZE=launch.warp_specialize,
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
     )
