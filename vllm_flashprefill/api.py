@@ -66,10 +66,10 @@ def flash_prefill(
         return out
 
     from vllm_flashprefill.kernels.pipeline import run_stages
-    from vllm_flashprefill.kernels.schedule import Sequence, schedule_sequences
+    from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
 
-    schedule = schedule_sequences(
-        [Sequence(q.shape[1], seq_len - q.shape[1], prompt_len, batch=i) for i in range(len(q))],
+    schedule = cached_schedule(
+        tuple(Sequence(q.shape[1], seq_len - q.shape[1], prompt_len, batch=i) for i in range(len(q))),
         num_heads=q.shape[2],
         num_dense_tail_blocks=config.num_dense_tail_blocks,
         device=q.device,
@@ -114,10 +114,10 @@ def flash_prefill_varlen(
         return out
 
     from vllm_flashprefill.kernels.pipeline import run_stages
-    from vllm_flashprefill.kernels.schedule import Sequence, schedule_sequences
+    from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
 
-    schedule = schedule_sequences(
-        [Sequence(b - a, 0, b - a, query_start=a, kv_start=a) for a, b in zip(bounds[:-1], bounds[1:])],
+    schedule = cached_schedule(
+        tuple(Sequence(b - a, 0, b - a, query_start=a, kv_start=a) for a, b in zip(bounds[:-1], bounds[1:])),
         num_heads=q.shape[1],
         num_dense_tail_blocks=config.num_dense_tail_blocks,
         device=q.device,

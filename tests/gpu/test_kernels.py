@@ -62,7 +62,7 @@ def test_slabs_change_nothing():
     config = sparse_config()
     requests = [Request(3000), Request(1000)]
     whole = check_all(make_batch(requests, dim=128, device="cuda", config=config), config, SCALE)
-    batch = make_batch(requests, dim=128, device="cuda", config=config, slab_bytes=2000)
+    batch = make_batch(requests, dim=128, device="cuda", config=config, slab_bytes=1000)
     assert len(batch.schedule.slabs) > 5
     assert torch.equal(check_all(batch, config, SCALE), whole)
 

@@ -10,13 +10,18 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Launch of stage 4. `block_n`: keys per tile. `tma`: load tiles by tensor descriptor where strides allow."""
+    """Launch of stage 4.
+
+    Attributes:
+        block_n: keys per tile.
+        tma: load tiles by tensor descriptor.
+        by_head: one KV head's query blocks after another's, so that they share keys in the L2 cache.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     tma: bool = False
-    warp_specialize: bool = False
     by_head: bool = False
 
 
@@ -31,16 +36,26 @@ class SelectConfig:
 
 
 # (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
+# Only Hopper's d128 rows are measured so far (docs/performance.md); the others are chosen to fit.
 ATTENTION = {
-    ("ampere", 64): AttentionConfig(64, 4, 3),
-    ("ampere", 128): AttentionConfig(64, 8, 2),
-    ("ampere", 256): AttentionConfig(32, 8, 2),
-    ("hopper", 64): AttentionConfig(128, 8, 3, tma=True),
-    ("hopper", 128): AttentionConfig(128, 8, 2, tma=True),
-    ("hopper", 256): AttentionConfig(64, 8, 2, tma=True),
-    ("blackwell", 64): AttentionConfig(128, 8, 3, tma=True),
-    ("blackwell", 128): AttentionConfig(128, 8, 2, tma=True),
-    ("blackwell", 256): AttentionConfig(64, 8, 2, tma=True),
+    ("ampere", 64): AttentionConfig(64, 4, 3, by_head=True),
+    ("ampere", 128): AttentionConfig(64, 8, 2, by_head=True),
+    ("ampere", 256): AttentionConfig(32, 8, 2, by_head=True),
+    ("hopper", 64): AttentionConfig(128, 8, 3, by_head=True),
+    ("hopper", 128): AttentionConfig(128, 8, 2, by_head=True),
+    ("hopper", 256): AttentionConfig(64, 8, 2, by_head=True),
+    ("blackwell", 64): AttentionConfig(128, 8, 3, by_head=True),
+    ("blackwell", 128): AttentionConfig(128, 8, 2, by_head=True),
+    ("blackwell", 256): AttentionConfig(64, 8, 2, by_head=True),
+}
+# Where strides and page size allow tensor descriptors.
+ATTENTION_TMA = {
+    ("hopper", 64): AttentionConfig(128, 8, 3, tma=True, by_head=True),
+    ("hopper", 128): AttentionConfig(64, 4, 3, tma=True, by_head=True),
+    ("hopper", 256): AttentionConfig(64, 8, 2, tma=True, by_head=True),
+    ("blackwell", 64): AttentionConfig(128, 8, 3, tma=True, by_head=True),
+    ("blackwell", 128): AttentionConfig(128, 8, 2, tma=True, by_head=True),
+    ("blackwell", 256): AttentionConfig(64, 8, 2, tma=True, by_head=True),
 }
 SELECT = {
     ("ampere", 64): SelectConfig(64, 4, 3, 2),
@@ -70,8 +85,10 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def attention_config(device: torch.device, head_size: int) -> AttentionConfig:
-    return ATTENTION[generation(device), head_size]
+def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionConfig, ...]:
+    """What to launch stage 4 with, best first; the last one takes any strides and page size."""
+    key = generation(device), head_size
+    return (ATTENTION_TMA[key], ATTENTION[key]) if key in ATTENTION_TMA else (ATTENTION[key],)
 
 
 def select_config(device: torch.device, head_size: int) -> SelectConfig:

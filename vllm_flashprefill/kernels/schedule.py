@@ -8,6 +8,7 @@ cut into slabs whose block lists fit `LIST_BYTES`; a slab's scratch is used agai
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -132,6 +133,22 @@ def schedule_sequences(
         num_mean_rows=int(key_blocks.sum()),
         max_key_blocks=int(key_blocks.max()),
         slabs=tuple(slabs),
+    )
+
+
+def cached_schedule(
+    sequences: tuple[Sequence, ...], *, num_heads: int, num_dense_tail_blocks: int, device: torch.device
+) -> Schedule:
+    """`schedule_sequences`, kept for the next layers, which attend to the same lengths."""
+    # Uploaded on this stream: another one might read it too early.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _cached_schedule(sequences, num_heads, num_dense_tail_blocks, device, stream)
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_schedule(sequences, num_heads, num_dense_tail_blocks, device, stream):
+    return schedule_sequences(
+        sequences, num_heads=num_heads, num_dense_tail_blocks=num_dense_tail_blocks, device=device
     )
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
-from vllm_flashprefill.kernels.configs import AttentionConfig, attention_config
+from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 
 try:
@@ -80,7 +80,6 @@ def _sparse_attention_kernel(
     PAGE_SIZE: tl.constexpr,
     USE_TMA: tl.constexpr,
     BY_HEAD: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     work = tl.program_id(0)
@@ -131,7 +130,7 @@ def _sparse_attention_kernel(
 
     # Blocks before the query's own: every row sees them whole, and all their tokens exist.
     TILES: tl.constexpr = BLOCK // BLOCK_N
-    for tile in tl.range(0, (count - 1) * TILES, num_stages=NUM_STAGES, warp_specialize=WARP_SPECIALIZE):
+    for tile in tl.range(0, (count - 1) * TILES, num_stages=NUM_STAGES):
         start = tl.load(list_ptr + tile // TILES) * BLOCK + (tile % TILES) * BLOCK_N
         # k, v: [BLOCK_N, HEAD_SIZE]
         if USE_TMA:
@@ -190,12 +189,14 @@ def sparse_attention(
         k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D].
         lists, counts: from `block_select`.
         block_table: [rows, max pages] int32.
-        launch: tile sizes, to replace the committed table's.
+        launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
     num_heads, head_size = q.shape[2:]
-    launch = launch or attention_config(q.device, head_size)
     page_size = 0 if block_table is None else k.shape[1]
-    use_tma = launch.tma and page_size % launch.block_n == 0 and _is_matrix(k) and _is_matrix(v)
+    matrices = _is_matrix(k) and _is_matrix(v)
+    choices = (launch,) if launch else attention_configs(q.device, head_size)
+    launch = next((c for c in choices if c.tma and matrices and page_size % c.block_n == 0), choices[-1])
+    use_tma = launch.tma
     _sparse_attention_kernel[(slab.num_items * num_heads,)](
         q,
         k,
@@ -233,7 +234,6 @@ def sparse_attention(
         PAGE_SIZE=page_size,
         USE_TMA=use_tma,
         BY_HEAD=launch.by_head,
-        WARP_SPECIALIZE=launch.warp_specialize,
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
     )
