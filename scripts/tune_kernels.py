@@ -11,6 +11,7 @@ from bench_kernels import Stages, alpha_for_density
 from kernel_data import structured_qkv
 from triton.testing import do_bench
 
+from vllm_flashprefill.kernels import configs
 from vllm_flashprefill.kernels.configs import AttentionConfig, SelectConfig
 
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.049)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="only the committed attention configurations")
     parser.add_argument("--what", nargs="+", default=["select", "attention"])
     args = parser.parse_args()
     for tokens in args.tokens:
@@ -39,10 +41,13 @@ def main() -> None:
                     print(f"  failed {launch}: {type(error).__name__}", flush=True)
         stages.select()
         if "attention" in args.what:
-            for tma, block_n, warps, num_stages, by_head in itertools.product(
-                (True, False), (64, 128), (4, 8), (2, 3), (False, True)
-            ):
-                launch = AttentionConfig(block_n, warps, num_stages, tma=tma, by_head=by_head)
+            grid = itertools.product((True, False), (64, 128), (4, 8), (2, 3), (False, True))
+            launches = [AttentionConfig(n, warps, num, tma=tma, by_head=by) for tma, n, warps, num, by in grid]
+            launches += configs.ATTENTION_GLUON.values()
+            if args.quick:
+                tables = (configs.ATTENTION_GLUON, configs.ATTENTION_TMA, configs.ATTENTION)
+                launches = [table["hopper", args.head_size] for table in tables if ("hopper", args.head_size) in table]
+            for launch in launches:
                 try:
                     ms = do_bench(lambda: stages.attend(launch), return_mode="median", warmup=20, rep=100)
                     print(f"  {ms:8.3f} ms {tflop / ms * 1e3:6.0f} TFLOP/s {dataclasses.asdict(launch)}", flush=True)

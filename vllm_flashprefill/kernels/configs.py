@@ -16,6 +16,7 @@ class AttentionConfig:
         block_n: keys per tile.
         tma: load tiles by tensor descriptor.
         by_head: one KV head's query blocks after another's, so that they share keys in the L2 cache.
+        gluon: the Hopper kernel (sparse_attention_hopper.py); needs tma, and has by_head.
     """
 
     block_n: int
@@ -23,6 +24,7 @@ class AttentionConfig:
     num_stages: int
     tma: bool = False
     by_head: bool = False
+    gluon: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,11 @@ ATTENTION = {
     ("blackwell", 64): AttentionConfig(128, 8, 3, by_head=True),
     ("blackwell", 128): AttentionConfig(128, 8, 2, by_head=True),
     ("blackwell", 256): AttentionConfig(64, 8, 2, by_head=True),
+}
+# Where Triton has Gluon for Hopper, and strides and page size allow descriptors of whole blocks.
+ATTENTION_GLUON = {
+    ("hopper", 64): AttentionConfig(128, 8, 2, tma=True, by_head=True, gluon=True),
+    ("hopper", 128): AttentionConfig(128, 8, 2, tma=True, by_head=True, gluon=True),
 }
 # Where strides and page size allow tensor descriptors.
 ATTENTION_TMA = {
@@ -88,7 +95,7 @@ def num_multiprocessors(device: torch.device) -> int:
 def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionConfig, ...]:
     """What to launch stage 4 with, best first; the last one takes any strides and page size."""
     key = generation(device), head_size
-    return (ATTENTION_TMA[key], ATTENTION[key]) if key in ATTENTION_TMA else (ATTENTION[key],)
+    return tuple(table[key] for table in (ATTENTION_GLUON, ATTENTION_TMA, ATTENTION) if key in table)
 
 
 def select_config(device: torch.device, head_size: int) -> SelectConfig:

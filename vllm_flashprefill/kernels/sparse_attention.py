@@ -17,6 +17,13 @@ try:
 except ImportError:  # Triton before 3.3
     TensorDescriptor = None
 
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    from vllm_flashprefill.kernels.sparse_attention_hopper import _sparse_attention_hopper_kernel, tile_layout
+except ImportError:  # Triton before 3.5
+    _sparse_attention_hopper_kernel = None
+
 LOG2_E = math.log2(math.e)
 
 
@@ -195,7 +202,12 @@ def sparse_attention(
     page_size = 0 if block_table is None else k.shape[1]
     matrices = _is_matrix(k) and _is_matrix(v)
     choices = (launch,) if launch else attention_configs(q.device, head_size)
+    if _sparse_attention_hopper_kernel is None:
+        choices = tuple(c for c in choices if not c.gluon)
     launch = next((c for c in choices if c.tma and matrices and page_size % c.block_n == 0), choices[-1])
+    if launch.gluon:
+        _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch)
+        return
     use_tma = launch.tma
     _sparse_attention_kernel[(slab.num_items * num_heads,)](
         q,
@@ -235,6 +247,49 @@ def sparse_attention(
         USE_TMA=use_tma,
         BY_HEAD=launch.by_head,
         NUM_STAGES=launch.num_stages,
+        num_warps=launch.num_warps,
+    )
+
+
+def _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch) -> None:
+    num_heads, head_size = q.shape[2:]
+    layout = tile_layout(k.element_size())
+    k_desc, v_desc = (
+        GluonDescriptor(
+            x,
+            [x.shape[0] * x.shape[1], x.shape[2] * head_size],
+            [x.stride(1), 1],
+            [launch.block_n, head_size],
+            layout,
+        )
+        for x in (k, v)
+    )
+    _sparse_attention_hopper_kernel[(slab.num_items * num_heads,)](
+        q,
+        out,
+        k_desc,
+        v_desc,
+        block_table,
+        schedule.requests,
+        schedule.items,
+        lists,
+        counts,
+        slab.first_item,
+        slab.num_dense_items,
+        k.shape[1],
+        softmax_scale * LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        0 if block_table is None else block_table.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // k.shape[2],
+        HEAD_SIZE=head_size,
+        BLOCK=BLOCK_SIZE,
+        PAGE_SIZE=page_size,
         num_warps=launch.num_warps,
     )
 
