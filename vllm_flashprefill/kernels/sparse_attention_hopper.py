@@ -24,9 +24,13 @@ def tile_layout(element_size: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit
-def _load_tile(desc, row, column, barrier, buffer, pred):
-    mbarrier.expect(barrier, desc.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(desc, [row, column], barrier, buffer, pred=pred)
+def _load_group(k_desc, v_desc, k_row, v_row, column, barrier, k_buffer, v_buffer, has_k, has_v):
+    """Start loading what one round reads: the keys of its tile, and the values of the tile before."""
+    tile_bytes: gl.constexpr = k_desc.block_type.nbytes
+    mbarrier.expect(barrier, 2 * tile_bytes, pred=has_k & has_v)
+    mbarrier.expect(barrier, tile_bytes, pred=has_k ^ has_v)
+    tma.async_copy_global_to_shared(k_desc, [k_row, column], barrier, k_buffer, pred=has_k)
+    tma.async_copy_global_to_shared(v_desc, [v_row, column], barrier, v_buffer, pred=has_v)
 
 
 @gluon.jit
@@ -105,17 +109,22 @@ def _sparse_attention_hopper_kernel(
     k_buffers = gl.allocate_shared_memory(dtype, [2, BLOCK, HEAD_SIZE], smem_layout)
     v_buffers = gl.allocate_shared_memory(dtype, [2, BLOCK, HEAD_SIZE], smem_layout)
     q_buffer = gl.allocate_shared_memory(dtype, [BLOCK, HEAD_SIZE], smem_layout)
-    k_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    v_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(2):
-        mbarrier.init(k_bars.index(n), count=1)
-        mbarrier.init(v_bars.index(n), count=1)
+        mbarrier.init(bars.index(n), count=1)
     fence_async_shared()
-    for n in gl.static_range(2):
-        if n < count:
-            row = _tile_row(list_ptr, n, query_block, table_row_ptr, first_row, BLOCK, PAGE_SIZE)
-            _load_tile(k_desc, row, column, k_bars.index(n), k_buffers.index(n), True)
-            _load_tile(v_desc, row, column, v_bars.index(n), v_buffers.index(n), True)
+    # Group t, on barrier t % 2: keys of tile t in buffer t % 2, values of tile t - 1 in buffer (t - 1) % 2.
+    yes = count > 0
+    own_row = _tile_row(list_ptr, 0, query_block, table_row_ptr, first_row, BLOCK, PAGE_SIZE)
+    v_row = own_row
+    if count > 1:
+        v_row = _tile_row(list_ptr, 1, query_block, table_row_ptr, first_row, BLOCK, PAGE_SIZE)
+    next_row = own_row
+    if count > 2:
+        next_row = _tile_row(list_ptr, 2, query_block, table_row_ptr, first_row, BLOCK, PAGE_SIZE)
+    k_0, k_1, v_0, v_1 = k_buffers.index(0), k_buffers.index(1), v_buffers.index(0), v_buffers.index(1)
+    _load_group(k_desc, v_desc, own_row, own_row, column, bars.index(0), k_0, v_1, yes, count < 0)
+    _load_group(k_desc, v_desc, v_row, own_row, column, bars.index(1), k_1, v_0, count > 1, yes)
 
     rows = query_block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, io_layout)) - context_len
     mask_rows = (rows >= 0) & (rows < query_len)
@@ -130,7 +139,7 @@ def _sparse_attention_hopper_kernel(
 
     # The query's own block, causal. Its tokens may end within it: what lies behind them may be NaN.
     zeros = gl.zeros([BLOCK, BLOCK], gl.float32, s_layout)
-    mbarrier.wait(k_bars.index(0), 0)
+    mbarrier.wait(bars.index(0), 0)
     # [BLOCK, BLOCK]
     s = warpgroup_mma(q_buffer, k_buffers.index(0).permute((1, 0)), zeros, use_acc=False)
     offs_m = gl.arange(0, BLOCK, layout=row_layout)
@@ -141,56 +150,48 @@ def _sparse_attention_hopper_kernel(
     row_sum = gl.sum(p, axis=1)
     p = gl.convert_layout(p.to(dtype), p_layout)
     acc = gl.zeros([BLOCK, HEAD_SIZE], gl.float32, acc_layout)
-    mbarrier.wait(v_bars.index(0), 0)
     if (query_block + 1) * BLOCK > seq_len:
+        mbarrier.wait(bars.index(1), 0)
         v = v_buffers.index(0).load(io_layout)
         tokens = query_block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, io_layout))
         gl.thread_barrier()
         v_buffers.index(0).store(gl.where((tokens < seq_len)[:, None], v, 0.0).to(dtype))
         fence_async_shared()
     gl.thread_barrier()
-    if count > 2:
-        row = _tile_row(list_ptr, 2, query_block, table_row_ptr, first_row, BLOCK, PAGE_SIZE)
-        _load_tile(k_desc, row, column, k_bars.index(0), k_buffers.index(0), True)
+    _load_group(k_desc, v_desc, next_row, v_row, column, bars.index(0), k_0, v_1, count > 2, count > 1)
 
     # The rest: every row sees them whole, and all their tokens exist.
-    next_row = 0
-    if count > 2:
-        next_row = _tile_row(list_ptr, 2, query_block, table_row_ptr, first_row, BLOCK, PAGE_SIZE)
     for tile in range(1, count):
-        buffer = tile % 2
-        phase = tile // 2 % 2
-        # K of tile + 2 and V of tile + 1 are loaded at the end of this round.
         v_row = next_row
         if tile + 2 < count:
             next_row = _tile_row(list_ptr, tile + 2, query_block, table_row_ptr, first_row, BLOCK, PAGE_SIZE)
-        mbarrier.wait(k_bars.index(buffer), phase)
+        k_buffer, v_buffer = k_buffers.index(tile % 2), v_buffers.index(1 - tile % 2)
+        mbarrier.wait(bars.index(tile % 2), tile // 2 % 2)
         s_run = warpgroup_mma(
-            q_buffer, k_buffers.index(buffer).permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
+            q_buffer, k_buffer.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
         )
-        mbarrier.wait(v_bars.index(1 - buffer), (tile - 1) // 2 % 2)
-        acc_run = warpgroup_mma(p, v_buffers.index(1 - buffer), warpgroup_mma_init(acc), is_async=True)
+        acc_run = warpgroup_mma(p, v_buffer, warpgroup_mma_init(acc), is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_run])
         new_max = gl.maximum(row_max, gl.max(s, axis=1) * scale)
-        p32 = gl.exp2(s * scale - new_max[:, None])
+        p_next = gl.exp2(s * scale - new_max[:, None])
         correction = gl.exp2(row_max - new_max)
-        row_sum = row_sum * correction + gl.sum(p32, axis=1)
+        row_sum = row_sum * correction + gl.sum(p_next, axis=1)
         row_max = new_max
-        acc, _ = warpgroup_mma_wait(0, deps=[acc_run, p])
-        gl.thread_barrier()
-        _load_tile(k_desc, next_row, column, k_bars.index(buffer), k_buffers.index(buffer), tile + 2 < count)
-        _load_tile(v_desc, v_row, column, v_bars.index(1 - buffer), v_buffers.index(1 - buffer), tile + 1 < count)
+        p_next = gl.convert_layout(p_next.to(dtype), p_layout)
+        # Already complete. Its branch keeps ptxas from waiting for the product before the softmax.
+        mbarrier.wait(bars.index(tile % 2), tile // 2 % 2)
+        acc, _, p = warpgroup_mma_wait(0, deps=[acc_run, p, p_next])
+        _load_group(
+            k_desc, v_desc, next_row, v_row, column, bars.index(tile % 2), k_buffer, v_buffer,
+            tile + 2 < count, tile + 1 < count,
+        )  # fmt: skip
         acc = acc * gl.convert_layout(correction, acc_row_layout)[:, None]
-        p = gl.convert_layout(p32.to(dtype), p_layout)
 
-    last = count - 1
-    mbarrier.wait(v_bars.index(last % 2), last // 2 % 2)
-    acc = warpgroup_mma(p, v_buffers.index(last % 2), acc)
+    mbarrier.wait(bars.index(count % 2), count // 2 % 2)
+    acc = warpgroup_mma(p, v_buffers.index((count - 1) % 2), acc)
     acc = acc / gl.convert_layout(row_sum, acc_row_layout)[:, None]
-    gl.thread_barrier()
     for n in gl.static_range(2):
-        mbarrier.invalidate(k_bars.index(n))
-        mbarrier.invalidate(v_bars.index(n))
+        mbarrier.invalidate(bars.index(n))
     out = gl.convert_layout(acc.to(dtype), io_layout)
     out_ptrs = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     gl.store(out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :], out, mask=mask_rows[:, None])
