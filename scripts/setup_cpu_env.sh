@@ -35,8 +35,8 @@ pip() { "$venv/bin/python" -m pip "$@"; }
 install_engine() {
     local python=${PYTHON:-python3} free_gb
     command -v "$python" >/dev/null || fail "no $python on the PATH; set PYTHON to a Python 3.10 to 3.12"
-    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
-        fail "vLLM $version needs Python 3.10 to 3.12, $python is $("$python" -V 2>&1); set PYTHON to another"
+    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null ||
+        fail "vLLM $version needs Python 3.10 to 3.12, $python is $("$python" -V 2>/dev/null || echo not usable); set PYTHON to another"
 
     if [ ! -x "$venv/bin/python" ]; then
         free_gb=$(($(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print $4 }') / 1024 / 1024))

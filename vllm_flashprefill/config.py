@@ -22,7 +22,9 @@ from typing import Any
 BLOCK_SIZE = 128
 
 # alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen2/2.5-7B, Qwen3-30B-A3B,
-# Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199).
+# Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199). All of them have heads of 128; a relative with another
+# head size scores blocks differently and gets the default.
+PRESET_HEAD_SIZE = 128
 PRESETS: dict[str, dict[str, float]] = {
     "llama": {"alpha": 0.18},
     "qwen2": {"alpha": 0.08},
@@ -57,7 +59,7 @@ class FlashPrefillConfig:
         num_dense_layers: this many first layers of the model stay dense.
     """
 
-    alpha: float = 0.08
+    alpha: float = 0.05
     block_size: int = BLOCK_SIZE
     num_sink_blocks: int = 2
     num_window_blocks: int = 4
@@ -109,8 +111,7 @@ class FlashPrefillConfig:
         Raises:
             ValueError: an unknown variable or option, a wrong type or a value out of range.
         """
-        hf_config = getattr(getattr(vllm_config, "model_config", None), "hf_config", None)
-        preset = PRESETS.get(getattr(hf_config, "model_type", None), {})
+        preset = _preset(getattr(getattr(vllm_config, "model_config", None), "hf_config", None))
         additional = getattr(vllm_config, "additional_config", None) or {}
         options = additional.get(ADDITIONAL_CONFIG_KEY, {}) if isinstance(additional, Mapping) else {}
         if not isinstance(options, Mapping):
@@ -188,6 +189,16 @@ def env_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 def code_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The options given in code, by this process or the one that started it."""
     return json.loads(environ.get(ENV_CODE_OPTIONS, "{}"))
+
+
+def _preset(hf_config: Any) -> Mapping[str, Any]:
+    """The preset of a model, from its Hugging Face config; empty if it has none."""
+    text_config = getattr(hf_config, "text_config", None) or hf_config
+    heads = getattr(text_config, "num_attention_heads", None)
+    head_size = getattr(text_config, "head_dim", None) or (heads and text_config.hidden_size // heads)
+    if head_size != PRESET_HEAD_SIZE:
+        return {}
+    return PRESETS.get(getattr(hf_config, "model_type", None), {})
 
 
 def _is_number(value: Any) -> bool:

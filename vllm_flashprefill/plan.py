@@ -86,7 +86,7 @@ def plan_step(
     sparse: list[SparseRequest] = []
     dense: list[int] = []
     dense_tokens: Counter[DenseReason] = Counter()
-    batch = zip(query_start_loc.tolist(), query_lens.tolist(), seq_lens.tolist(), known_lens.tolist())
+    batch = zip(query_start_loc[:-1].tolist(), query_lens.tolist(), seq_lens.tolist(), known_lens.tolist(), strict=True)
     for index, (query_start, query_len, seq_len, known_len) in enumerate(batch):
         context_len = seq_len - query_len
         reason = request_dense_reason(query_len, context_len, known_len, config)

@@ -10,6 +10,8 @@ Source: FlashPrefill, arXiv 2603.06199.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from vllm_flashprefill.config import FlashPrefillConfig
@@ -214,7 +216,7 @@ def flash_prefill_varlen_ref(
     bounds = cu_seqlens.tolist()
     outputs = [
         flash_prefill_ref(q[a:b], k[a:b], v[a:b], config=config, softmax_scale=softmax_scale)
-        for a, b in zip(bounds[:-1], bounds[1:])
+        for a, b in itertools.pairwise(bounds)
     ]
     return torch.cat(outputs)
 

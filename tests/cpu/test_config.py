@@ -8,11 +8,12 @@ from vllm_flashprefill import PRESETS, FlashPrefillConfig
 from vllm_flashprefill.config import enabled, log_interval
 
 
-def vllm_config(options=None, model_type="llama"):
+def vllm_config(options=None, model_type="llama", **shape):
+    shape = shape or {"num_attention_heads": 32, "hidden_size": 4096}
     additional = {} if options is None else {"flashprefill": options}
     return SimpleNamespace(
         additional_config=additional,
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type, **shape)),
     )
 
 
@@ -41,6 +42,14 @@ def test_each_source_wins_over_the_next():
 def test_a_model_without_preset_gets_the_default():
     config = FlashPrefillConfig.from_vllm(vllm_config(model_type="unheard_of"), {})
     assert config == FlashPrefillConfig()
+
+
+def test_presets_are_for_the_head_size_they_were_published_with():
+    text_config = SimpleNamespace(num_attention_heads=32, hidden_size=2048, head_dim=128)
+    inner = FlashPrefillConfig.from_vllm(vllm_config(model_type="qwen3_vl_moe", text_config=text_config), {})
+    assert inner.alpha == PRESETS["qwen3_vl_moe"]["alpha"]
+    small = vllm_config(num_attention_heads=9, hidden_size=576, head_dim=64)
+    assert FlashPrefillConfig.from_vllm(small, {}) == FlashPrefillConfig()
 
 
 def test_presets_are_valid_options():

@@ -1,3 +1,5 @@
+import itertools
+
 import brute_force
 import pytest
 import torch
@@ -167,7 +169,7 @@ def test_packed_sequences_equal_each_alone():
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
     q, k, v = tensors(sum(lengths), sum(lengths))
     packed = flash_prefill_varlen_ref(q, k, v, cu_seqlens, config=config, softmax_scale=SCALE)
-    for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for a, b in itertools.pairwise(cu_seqlens):
         alone = flash_prefill_ref(q[a:b], k[a:b], v[a:b], config=config, softmax_scale=SCALE)
         torch.testing.assert_close(packed[a:b], alone)
 
@@ -220,9 +222,7 @@ def test_random_paged_batches_at_alpha_0_equal_dense(requests, page_size, heads,
     plan = plan_step(starts.numpy(), seq_lens.numpy(), config, prompt_lens.numpy())
 
     poison = torch.full_like(q, torch.nan)
-    out = flash_prefill_paged_ref(
-        q, k_cache, v_cache, table, plan, config=config, softmax_scale=SCALE, out=poison
-    )
+    out = flash_prefill_paged_ref(q, k_cache, v_cache, table, plan, config=config, softmax_scale=SCALE, out=poison)
     for request in plan.sparse:
         exact = brute_force.dense(*parts[request.index], softmax_scale=SCALE)
         assert brute_force.relative_error(out[request.query_slice], exact) < 1e-5

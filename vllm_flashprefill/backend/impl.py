@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -101,9 +102,7 @@ class CPUFlashPrefillImplMixin(FlashPrefillImplMixin):
         k_pages, v_pages = self.paged_kv(kv_cache)
         for request in step.plan.sparse:
             pages = step.block_table[request.index]
-            out[request.query_slice] = self._attend_request(
-                q[request.query_slice], k_pages, v_pages, pages, request
-            )
+            out[request.query_slice] = self._attend_request(q[request.query_slice], k_pages, v_pages, pages, request)
         return out.view(query.shape) if output is None else output
 
     def _attend_request(

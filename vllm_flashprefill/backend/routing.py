@@ -35,11 +35,17 @@ class DenseReason(str, enum.Enum):
 def request_dense_reason(
     query_len: int, context_len: int, prompt_len: int, config: FlashPrefillConfig
 ) -> DenseReason | None:
-    """Why this request is dense in this step, or None where it is sparse. Lengths are in tokens.
+    """Why this request is dense in this step, or None where it is sparse.
 
-    `prompt_len` may be less than the sequence so far: speculative tokens follow the last known token. The rule looks at the whole prompt, so that its chunks are routed as one pass over it would be. A step in
+    The rule looks at the whole prompt, so that its chunks are routed as one pass over it would be. A step in
     which every block would be kept anyway (the first blocks, or the dense tail alone) is dense: the result is
     the same and dense attention is faster.
+
+    Args:
+        query_len: tokens of the request in this step.
+        context_len: tokens of it in the KV cache before.
+        prompt_len: tokens of its whole prefill as far as known; less than the sequence so far where
+            speculative tokens follow the last known one.
     """
     if context_len > 0 and context_len + 1 >= prompt_len:
         return DenseReason.DECODE

@@ -155,8 +155,8 @@ def unshare_stats() -> None:
 
 def _to_stats(counters: np.ndarray) -> Stats:
     values = counters.tolist()
-    fields = dict(zip(_FIELDS, values))
-    dense = dict(zip((reason.value for reason in _REASONS), values[len(_FIELDS) :]))
+    fields = dict(zip(_FIELDS, values[: len(_FIELDS)], strict=True))
+    dense = dict(zip((reason.value for reason in _REASONS), values[len(_FIELDS) :], strict=True))
     return Stats(
         sparse_tokens=int(fields["sparse_tokens"]),
         dense_tokens={name: int(n) for name, n in dense.items() if n},

@@ -29,7 +29,7 @@ def _apply() -> None:
     from vllm.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.attention.selector import _cached_get_attn_backend
 
-    for name, class_path in CLASS_PATHS.items():
+    for name in CLASS_PATHS:
         member = AttentionBackendEnum[name]
         if member.is_overridden():
             raise RuntimeError(f"vLLM's {name} backend is already replaced by {member.get_path()}; load only one")

@@ -51,7 +51,7 @@ class FlashPrefillCPUImpl(CPUFlashPrefillImplMixin, CPUAttentionBackendImpl):
         ops.cpu_attn_reshape_and_cache(key, value, k_cache, v_cache, attn_metadata.slot_mapping, attn_metadata.isa)
 
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = (_by_token(cache, layout) for cache, layout in zip(kv_cache.unbind(0), self._layouts))
+        k, v = (_by_token(cache, layout) for cache, layout in zip(kv_cache.unbind(0), self._layouts, strict=True))
         return k, v
 
     def forward_dense(self, layer, query, key, value, kv_cache, dense_metadata) -> torch.Tensor:

@@ -1,0 +1,141 @@
+"""Engines of the installed vLLM. Most tests run the engine core in this process, which is a minute faster to
+start; `run_engine` runs it as vLLM does by default, in a process of its own."""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_job import RESULT, answer
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+# As little as possible is always kept, so that prompts of a few blocks have something to prune.
+BARE = {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0, "min_sparse_tokens": 0}
+EXACT = {"alpha": 0.0, **BARE}
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
+for name in [name for name in os.environ if name.startswith("FLASHPREFILL")]:
+    del os.environ[name]
+
+
+class Failed(Exception):
+    """A process failed; the message is what it wrote."""
+
+
+def environment(**more):
+    """The environment of a process that starts its engine as vLLM does by default."""
+    apart = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"}
+    env = {name: value for name, value in os.environ.items() if name not in apart}
+    return {**env, **more}
+
+
+def engine_arguments(**changes):
+    return {
+        "model": str(MODEL),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 8192,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+        "seed": 0,
+        **changes,
+    }
+
+
+@contextlib.contextmanager
+def engine(options=None, **changes):
+    """An engine in this process, with FlashPrefill where there are options; a call generates one batch.
+
+    The call takes [(prompt token ids, tokens to generate)] and returns (answers, the stats of the batch).
+    """
+    from vllm import LLM
+
+    import vllm_flashprefill
+
+    if options is not None:
+        vllm_flashprefill.register(**options)
+
+    def generate(batch):
+        before = vllm_flashprefill.stats()
+        answers = answer(generate.llm, batch)
+        return answers, vllm_flashprefill.stats() - before
+
+    generate.llm = LLM(**engine_arguments(**changes))
+    try:
+        yield generate
+    finally:
+        del generate.llm
+        gc.collect()
+        vllm_flashprefill.revert()
+
+
+def run_engine(batches, *, load, env):
+    """Run batches through an engine core in its own process; see `engine_job`.
+
+    Returns:
+        ([{"answers", "stats"} of each batch], everything the processes wrote)
+    """
+    job = {"engine": engine_arguments(max_model_len=4096), "batches": batches, "load": load}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("engine_job.py")],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT), **env),
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    log = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise Failed(log)
+    (result,) = (line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT))
+    return json.loads(result), log
+
+
+def assert_same(answers, expected, logprob_tolerance=2e-3):
+    """Same greedy tokens, and log-probabilities within rounding of float32."""
+    assert len(answers) == len(expected)
+    for got, other in zip(answers, expected, strict=True):
+        assert got["tokens"] == other["tokens"]
+        assert got["logprobs"] == pytest.approx(other["logprobs"], abs=logprob_tolerance)
+
+
+def vllm_version():
+    import vllm
+
+    return re.match(r"\d+\.\d+\.\d+", vllm.__version__).group()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model():
+    if not MODEL.exists():
+        pytest.skip(f"no model in {MODEL.relative_to(ROOT)}: run scripts/fetch_model.py")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def text_ids(tokenizer):
+    """Token ids of real text, some 100,000."""
+    import pydoc_data.topics
+
+    topics = pydoc_data.topics.topics
+    return tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))).ids

@@ -1,0 +1,58 @@
+"""Run prompts through a vLLM engine: a JSON job on stdin, a line with the batches' results.
+
+A job has `engine` (arguments of LLM), `batches` (lists of [prompt token ids, tokens to generate]) and `load`:
+how FlashPrefill comes in, "patches" or "package" being where the loader is imported from.
+"""
+
+import json
+import sys
+
+RESULT = "RESULT "
+
+
+def load(package):
+    from vllm_flashprefill.patches.registration import installed_vllm, loader_for
+
+    package = {"patches": "patches", "package": "vllm_flashprefill.patches"}[package]
+    exec(f"from {package} import {loader_for(installed_vllm())}")
+
+
+def answer(llm, batch):
+    """Greedy answers as {"tokens", "text", "logprobs", "cached"}."""
+    from vllm import SamplingParams
+
+    params = [SamplingParams(temperature=0, max_tokens=n, logprobs=1, ignore_eos=True) for _, n in batch]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in batch], params, use_tqdm=False)
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "text": output.outputs[0].text,
+            "logprobs": [
+                step[token].logprob
+                for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+            ],
+            "cached": output.num_cached_tokens,
+        }
+        for output in outputs
+    ]
+
+
+def main():
+    job = json.load(sys.stdin)
+    load(job["load"])
+
+    from vllm import LLM
+
+    from vllm_flashprefill import stats
+
+    llm = LLM(**job["engine"])
+    results = []
+    for batch in job["batches"]:
+        before = stats()
+        answers = answer(llm, batch)
+        results.append({"answers": answers, "stats": vars(stats() - before)})
+    print("\n" + RESULT + json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()

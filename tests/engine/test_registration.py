@@ -1,0 +1,255 @@
+"""The three ways of use, each with the engine core in its own process, and the errors before a model loads."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import MODEL, ROOT, engine_arguments, environment, run_engine, vllm_version
+
+import vllm_flashprefill
+
+LOADER = f"patch_loader_vllm_{vllm_version().replace('.', '_')}"
+OTHER = {"0.12.0": "patch_loader_vllm_0_10_0", "0.10.0": "patch_loader_vllm_0_12_0"}[vllm_version()]
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered():
+    yield
+    vllm_flashprefill.revert()
+
+
+@pytest.mark.parametrize("load", ["patches", "package"])
+def test_a_loader_makes_the_engines_own_process_sparse(load, text_ids):
+    results, log = run_engine(
+        [[(text_ids[:1500], 2)], [(text_ids[:60], 2)]],
+        load=load,
+        env={
+            "FLASHPREFILL_MIN_SPARSE_TOKENS": "1024",
+            "FLASHPREFILL_NUM_DENSE_LAYERS": "3",
+            "FLASHPREFILL_LOG_STATS": "0.1",
+        },
+    )
+    long, short = (result["stats"] for result in results)
+    assert long["sparse_tokens"] == 27 * 1500
+    assert long["dense_tokens"] == {"dense_layer": 3 * 1501, "decode": 27}
+    assert short["dense_tokens"] == {"dense_layer": 3 * 61, "short_prompt": 27 * 60, "decode": 27}
+    assert "num_dense_layers=3" in log
+    assert "FlashPrefill: density" in log
+    assert "short_prompt" in log
+
+
+def test_vllm_serve_with_the_variable_alone(text_ids):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    vllm = os.path.join(os.path.dirname(sys.executable), "vllm")
+    env = environment(FLASHPREFILL="1", FLASHPREFILL_ALPHA="0.9", FLASHPREFILL_LOG_STATS="0.1")
+    options = json.dumps({"flashprefill": {"alpha": 0.2, "min_sparse_tokens": 1024}})
+    command = [vllm, "serve", str(MODEL), "--enforce-eager", "--port", str(port), "--max-model-len", "4096"]
+    command += ["--additional-config", options]
+    server = subprocess.Popen(
+        command,
+        cwd="/",
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            assert server.poll() is None, server.stdout.read()
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(1)
+        body = json.dumps({"model": str(MODEL), "prompt": text_ids[:1500], "max_tokens": 2, "temperature": 0})
+        request = urllib.request.Request(f"{url}/v1/completions", body.encode(), {"Content-Type": "application/json"})
+        answer = json.load(urllib.request.urlopen(request, timeout=120))
+        assert answer["usage"]["prompt_tokens"] == 1500
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            log = server.communicate(timeout=30)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            log = server.communicate()[0]
+    assert "FlashPrefillConfig(alpha=0.2, " in log
+    assert "FlashPrefill: density" in log
+
+
+def test_without_the_variable_nothing_is_patched():
+    from vllm_flashprefill import plugin
+
+    plugin.register()
+    assert "FLASHPREFILL" not in os.environ
+
+
+def test_the_plugin_may_run_twice(monkeypatch):
+    from vllm_flashprefill import plugin
+
+    monkeypatch.setenv("FLASHPREFILL", "1")
+    before = patched()
+    plugin.register()
+    once = patched()
+    plugin.register()
+    assert before != once == patched()
+
+
+def patched():
+    """Whatever registering changes outside the package."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    names = sorted(name for name in os.environ if name.startswith("FLASHPREFILL"))
+    try:
+        from vllm.attention.backends import registry
+
+        overrides = dict(registry._ATTN_OVERRIDES)
+    except ImportError:
+        overrides = {}
+    return names, overrides, EngineArgs.create_engine_config, current_platform.get_attn_backend_cls
+
+
+def test_revert_undoes_everything():
+    before = patched()
+    vllm_flashprefill.register(alpha=0.5)
+    assert patched() != before
+    vllm_flashprefill.revert()
+    assert patched() == before
+    vllm_flashprefill.register(alpha=0.25)
+    assert json.loads(os.environ["FLASHPREFILL_CODE_OPTIONS"]) == {"alpha": 0.25}
+
+
+def test_registering_again_with_the_same_options_is_nothing_new():
+    vllm_flashprefill.register(alpha=0.5)
+    once = patched()
+    vllm_flashprefill.register(alpha=0.5)
+    assert patched() == once
+
+
+def test_registering_other_options_is_refused():
+    vllm_flashprefill.register(alpha=0.5)
+    with pytest.raises(RuntimeError, match=re.escape("already registered with the options {'alpha': 0.5}")):
+        vllm_flashprefill.register(alpha=0.6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alhpa": 0.5}, "unknown option 'alhpa'; did you mean alpha?"),
+        ({"alpha": 2}, r"alpha must be a number in \[0, 1\]"),
+    ],
+)
+def test_bad_options_in_code(options, message):
+    before = patched()
+    with pytest.raises(ValueError, match=message):
+        vllm_flashprefill.register(**options)
+    assert patched() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FLASHPREFILL_ALHPA", "1", "unknown environment variable FLASHPREFILL_ALHPA; did you mean"),
+        ("FLASHPREFILL_ALPHA", "1.5", r"alpha must be a number in \[0, 1\], not 1.5"),
+        ("FLASHPREFILL_LOG_STATS", "often", "FLASHPREFILL_LOG_STATS must be"),
+        ("VLLM_PLUGINS", "other", "add flashprefill to it"),
+    ],
+)
+def test_bad_variables(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        vllm_flashprefill.register()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.5}, "flashprefill: alpha must be a number in [0, 1], not 1.5"),
+        ({"alhpa": 0.5}, "flashprefill: unknown option 'alhpa'; did you mean alpha?"),
+    ],
+)
+def test_bad_additional_config_stops_before_a_model_loads(options, message, monkeypatch):
+    from vllm import LLM
+    from vllm.v1.engine.core import EngineCore
+
+    monkeypatch.setattr(EngineCore, "__init__", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    vllm_flashprefill.register()
+    with pytest.raises(ValueError) as error:
+        LLM(**engine_arguments(additional_config={"flashprefill": options}))
+    assert str(error.value) == message
+
+
+def test_the_loader_of_another_version_names_the_right_one():
+    with pytest.raises(RuntimeError, match=f"{OTHER} is not for the installed vLLM .*; import {LOADER} instead"):
+        importlib.import_module(f"vllm_flashprefill.patches.{OTHER}")
+
+
+def test_versions_without_a_loader_of_their_own(monkeypatch):
+    from vllm_flashprefill.patches import registration
+
+    with pytest.raises(RuntimeError, match=r"supports vLLM 0.10.0, 0.12.0, not 0.9.2"):
+        registration.loader_for("0.9.2")
+    warnings = []
+    monkeypatch.setattr(registration.logger, "warning", lambda text, *values: warnings.append(text % values))
+    assert registration.loader_for("0.11.1") == "patch_loader_vllm_0_10_0"
+    assert registration.loader_for("0.99.0") == "patch_loader_vllm_0_12_0"
+    assert [warning.count("is tested with vLLM 0.10.0, 0.12.0, not 0.") for warning in warnings] == [1, 1]
+    monkeypatch.setattr("vllm.__version__", "0.12.0+cu129")
+    assert registration.installed_vllm() == "0.12.0"
+
+
+def test_a_package_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    with pytest.raises(RuntimeError, match="the package is not installed"):
+        vllm_flashprefill.register()
+
+
+def test_v0_engine_is_refused(monkeypatch):
+    if vllm_version() != "0.10.0":
+        pytest.skip("vLLM 0.12.0 has no V0 engine")
+    monkeypatch.setenv("VLLM_USE_V1", "0")
+    with pytest.raises(RuntimeError, match=re.escape("serves vLLM 0.10.0's V1 engine only")):
+        vllm_flashprefill.register()
+
+
+def test_a_backend_that_someone_else_replaced_is_refused():
+    if vllm_version() != "0.12.0":
+        pytest.skip("vLLM 0.10.0 has no backend registry")
+    from vllm.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, class_path="elsewhere.Backend")
+    try:
+        with pytest.raises(RuntimeError, match=re.escape("CPU_ATTN backend is already replaced by elsewhere.Backend")):
+            vllm_flashprefill.register()
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+
+
+def test_the_cuda_class_without_kernels_is_an_error():
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    module = importlib.import_module(f"vllm_flashprefill.patches.vllm_{vllm_version().replace('.', '_')}_cuda")
+    impl_class = module.FlashPrefillCUDABackend.get_impl_cls()
+    assert issubclass(impl_class, FlashAttentionImpl)
+    with pytest.raises(RuntimeError, match=re.escape("FlashPrefill has no CUDA kernels in this release")):
+        impl_class(8, 64, 0.125, 2, None, None, "auto")
+
+
+def test_imports_from_the_checkout_are_the_packages_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "patches", raising=False)
+    namespace = {}
+    exec(f"from patches import {LOADER} as loader", namespace)
+    assert namespace["loader"] is importlib.import_module(f"vllm_flashprefill.patches.{LOADER}")

@@ -1,0 +1,91 @@
+"""alpha above 0: chunks, mixed batches and needles."""
+
+import pytest
+from conftest import BARE, assert_same, engine
+
+SPARSE = {"alpha": 0.3, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 2}
+
+
+def pruned(stats):
+    return stats.visible_blocks - stats.kept_blocks
+
+
+@pytest.fixture(scope="module")
+def prompts(text_ids):
+    return [(text_ids[a : a + n], 8) for a, n in ((0, 1900), (30_000, 1300), (60_000, 90))]
+
+
+@pytest.fixture(scope="module")
+def alone(prompts):
+    """[(answer, stats)] of each prompt in an engine step of its own."""
+    with engine(SPARSE) as generate:
+        results = [generate([prompt]) for prompt in prompts]
+        together = generate(prompts)
+    return [(answers[0], stats) for answers, stats in results], together
+
+
+def test_the_cases_prune(alone):
+    long, shorter, short = (stats for _, stats in alone[0])
+    assert long.density < 0.9
+    assert shorter.density < 1.0
+    assert short.sparse_tokens == 0
+
+
+def test_a_batch_in_one_step_equals_each_alone(alone):
+    each, (answers, stats) = alone
+    assert_same(answers, [answer for answer, _ in each])
+    assert pruned(stats) == pytest.approx(sum(pruned(stats) for _, stats in each), rel=2e-3)
+
+
+def test_aligned_chunks_select_what_one_pass_selects(prompts, alone):
+    with engine(SPARSE, max_num_batched_tokens=512, enable_chunked_prefill=True) as generate:
+        answers, stats = generate([prompts[0]])
+    whole, whole_stats = alone[0][0]
+    assert_same(answers, [whole])
+    # What has nothing to prune is not counted in a chunk of its own, so the pruned blocks are what must agree.
+    # A block whose score is within rounding of the threshold may fall on either side.
+    assert pruned(stats) == pytest.approx(pruned(whole_stats), rel=2e-3)
+
+
+def test_a_mixed_batch_gives_each_what_it_gets_alone(prompts, alone):
+    decoding = (prompts[2][0], 24)
+    with engine(SPARSE, max_num_batched_tokens=1024, enable_chunked_prefill=True) as generate:
+        (short, long, shorter), stats = generate([decoding, prompts[0], prompts[1]])
+    each = [answer for answer, _ in alone[0]]
+    assert short["tokens"][:8] == each[2]["tokens"]
+    # Chunks that start in the middle of a block score it by fewer rows: the answers agree, not every block.
+    assert long["tokens"] == each[0]["tokens"]
+    assert shorter["tokens"] == each[1]["tokens"]
+    assert stats.dense_tokens["decode"] >= 30 * 23
+
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@pytest.mark.parametrize("length", [4096, 7500])
+def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer, capsys):
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    fact = encode("\n\nThe secret code of the blue harbour is 7391.\n\n")
+    question = encode(
+        "\n\nQuestion: What is the secret code of the blue harbour?\nAnswer: The secret code of the blue harbour is"
+    )
+    room = length - len(fact) - len(question)
+    body = text_ids[:room]
+    prompts = [body[: int(depth * room)] + fact + body[int(depth * room) :] + question for depth in DEPTHS]
+    missed = []
+    with engine({}, dtype="bfloat16") as generate, capsys.disabled():
+        for depth, prompt in zip(DEPTHS, prompts, strict=True):
+            (answer,), stats = generate([(prompt, 6)])
+            found = "7391" in answer["text"]
+            word = "found" if found else "missed"
+            print(f"\n  {length} tokens, fact at {depth:.0%}: density {stats.density:.1%}, {word}", end="")
+            assert stats.density < 0.9
+            if not found:
+                missed.append(prompt)
+        print()
+    if missed:
+        with engine(dtype="bfloat16") as generate:
+            for prompt in missed:
+                assert "7391" not in generate([(prompt, 6)])[0][0]["text"], "dense finds what sparse missed"
