@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -200,9 +201,11 @@ def main() -> None:
     parser.add_argument("--commit", default=None)
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/kernels.csv")
     args = parser.parse_args()
-    commit = args.commit or os.environ.get("COMMIT") or subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = (
+        args.commit
+        or os.environ.get("COMMIT")
+        or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    )
     for tokens in args.tokens:
         q, k, v = structured_qkv(tokens, heads=args.heads, kv_heads=args.kv_heads, dim=args.head_size)
         stages = Stages(q, k, v, page_size=args.page_size)
@@ -211,11 +214,11 @@ def main() -> None:
         error, ties, seen = stages.check()
         sparse = median_ms(stages.all)
         pool = median_ms(stages.pool, 50)
-        select = sum(median_ms(lambda slab=slab: stages.select(slab=slab), 50) for slab in stages.schedule.slabs)
+        select = sum(median_ms(functools.partial(stages.select, slab=slab), 50) for slab in stages.schedule.slabs)
         attend = 0.0
         for slab in stages.schedule.slabs:
             stages.select(slab=slab)
-            attend += median_ms(lambda slab=slab: stages.attend(slab=slab), 100)
+            attend += median_ms(functools.partial(stages.attend, slab=slab), 100)
         rep = 1 if tokens > 200_000 else 200
         fa2 = None if args.no_dense else dense_ms(q, k, v, SDPBackend.FLASH_ATTENTION, rep)
         cudnn = None if args.no_dense else dense_ms(q, k, v, SDPBackend.CUDNN_ATTENTION, rep)

@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time for a few GPU generations, without a GPU; print registers, spills, shared memory."""
+"""Compile every kernel for a few GPU generations, without a GPU; print registers, spills and shared memory."""
 
 from __future__ import annotations
 

@@ -6,7 +6,13 @@ import torch
 
 
 def structured_qkv(
-    seq_len: int, *, heads: int = 32, kv_heads: int = 8, dim: int = 128, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    seq_len: int,
+    *,
+    heads: int = 32,
+    kv_heads: int = 8,
+    dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [1, seq_len, heads, dim] and k, v [1, seq_len, kv_heads, dim] on the GPU.
 
@@ -36,7 +42,10 @@ def structured_qkv(
         keys = theme[start:end] + 1.2 * shared[start:end, :, None] * hot
         if start == 0:
             keys[0] += 1.5 * sink
-        needles = (torch.rand(end - start, heads, 4, generator=g, device="cuda") * torch.arange(start, end, device="cuda")[:, None, None]).long()
+        needles = (
+            torch.rand(end - start, heads, 4, generator=g, device="cuda")
+            * torch.arange(start, end, device="cuda")[:, None, None]
+        ).long()
         wanted = 0.5 * theme[start:end, kv_of] + 0.4 * hot[kv_of] + 0.5 * sink[kv_of]
         wanted = wanted + 0.35 * theme[needles, kv_of[None, :, None]].sum(dim=2)
         tokens = slice(start * 128, min(end * 128, seq_len))

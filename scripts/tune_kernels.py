@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 
-import torch
 from bench_kernels import Stages, alpha_for_density
 from kernel_data import structured_qkv
 from triton.testing import do_bench
@@ -35,7 +35,7 @@ def main() -> None:
             for block_n, warps, num_stages, per_sm in itertools.product((64, 128), (4, 8), (3,), (1, 2, 3)):
                 try:
                     launch = SelectConfig(block_n, warps, num_stages, per_sm)
-                    ms = do_bench(lambda: stages.select(launch), return_mode="median", warmup=10, rep=40)
+                    ms = do_bench(functools.partial(stages.select, launch), return_mode="median", warmup=10, rep=40)
                     print(f"  {ms:8.3f} ms {launch}", flush=True)
                 except Exception as error:
                     print(f"  failed {launch}: {type(error).__name__}", flush=True)
@@ -49,7 +49,7 @@ def main() -> None:
                 launches = [table["hopper", args.head_size] for table in tables if ("hopper", args.head_size) in table]
             for launch in launches:
                 try:
-                    ms = do_bench(lambda: stages.attend(launch), return_mode="median", warmup=20, rep=100)
+                    ms = do_bench(functools.partial(stages.attend, launch), return_mode="median", warmup=20, rep=100)
                     print(f"  {ms:8.3f} ms {tflop / ms * 1e3:6.0f} TFLOP/s {dataclasses.asdict(launch)}", flush=True)
                 except Exception as error:
                     print(f"  failed {launch}: {type(error).__name__}", flush=True)

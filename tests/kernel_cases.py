@@ -11,7 +11,7 @@ from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select
 from vllm_flashprefill.kernels.schedule import Schedule, Sequence, schedule_sequences
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
-from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, sparse_attention_ref
+from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
 TIE = 0.01
@@ -64,11 +64,23 @@ def structured(query_len, seq_len, *, heads, kv_heads, dim, dtype, device, seed)
 
 
 def make_batch(
-    requests, *, page_size=0, heads=4, kv_heads=2, dim=64, dtype=torch.float16, device="cpu", seed=0, config, slab_bytes=None
+    requests,
+    *,
+    page_size=0,
+    heads=4,
+    kv_heads=2,
+    dim=64,
+    dtype=torch.float16,
+    device="cpu",
+    seed=0,
+    config,
+    slab_bytes=None,
 ):
     device = torch.device(device)
     parts = [
-        structured(r.query_len, r.seq_len, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, device=device, seed=seed + n)
+        structured(
+            r.query_len, r.seq_len, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, device=device, seed=seed + n
+        )
         for n, r in enumerate(requests)
     ]
     q = torch.cat([part[0] for part in parts])
@@ -129,8 +141,16 @@ def run_select(batch, config, scale):
         lists.fill_(-1)
         scratch = batch.q.new_full((slab.num_items * heads, schedule.max_key_blocks), torch.nan, dtype=torch.float32)
         block_select(
-            batch.q, mean, schedule, slab, config=config, softmax_scale=scale, lists=lists, counts=counts, scores=scratch
-        )  # fmt: skip
+            batch.q,
+            mean,
+            schedule,
+            slab,
+            config=config,
+            softmax_scale=scale,
+            lists=lists,
+            counts=counts,
+            scores=scratch,
+        )
         lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
         for n in range(slab.num_items):
             row, block, slot = items[slab.first_item + n]
@@ -228,7 +248,9 @@ def check_select(batch, config, scale):
 def check_attention(batch, config, scale):
     """Stage 4 on the reference's selection: error against float64 at most twice plain PyTorch's."""
     masks = [reference_select(r, part, config, scale)[1] for r, part in zip(batch.requests, batch.parts, strict=True)]
-    for request, part, mask, out in zip(batch.requests, batch.parts, masks, run_attention(batch, masks, scale), strict=True):
+    for request, part, mask, out in zip(
+        batch.requests, batch.parts, masks, run_attention(batch, masks, scale), strict=True
+    ):
         assert_close_attention(out, part, mask, request, scale)
 
 
@@ -276,4 +298,6 @@ def check_all(batch, config, scale):
 
 
 def sparse_config(**options):
-    return FlashPrefillConfig(**{"alpha": 0.3, "num_sink_blocks": 1, "num_window_blocks": 2, "num_dense_tail_blocks": 1, **options})
+    return FlashPrefillConfig(
+        **{"alpha": 0.3, "num_sink_blocks": 1, "num_window_blocks": 2, "num_dense_tail_blocks": 1, **options}
+    )

@@ -6,6 +6,7 @@ waiting for it; on the CPU they are the reference.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence as SequenceOf
 
@@ -108,16 +109,14 @@ def flash_prefill_varlen(
     config, softmax_scale = config or FlashPrefillConfig(), _scale(softmax_scale, q)
     out = torch.empty_like(q) if out is None else out
     if not q.is_cuda:
-        out.copy_(
-            flash_prefill_varlen_ref(q, k, v, torch.tensor(bounds), config=config, softmax_scale=softmax_scale)
-        )
+        out.copy_(flash_prefill_varlen_ref(q, k, v, torch.tensor(bounds), config=config, softmax_scale=softmax_scale))
         return out
 
     from vllm_flashprefill.kernels.pipeline import run_stages
     from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
 
     schedule = cached_schedule(
-        tuple(Sequence(b - a, 0, b - a, query_start=a, kv_start=a) for a, b in zip(bounds[:-1], bounds[1:])),
+        tuple(Sequence(b - a, 0, b - a, query_start=a, kv_start=a) for a, b in itertools.pairwise(bounds)),
         num_heads=q.shape[1],
         num_dense_tail_blocks=config.num_dense_tail_blocks,
         device=q.device,
@@ -202,9 +201,7 @@ def flash_prefill_paged(
     return out
 
 
-def _check_tensors(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, *, rank: int
-) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, *, rank: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, rank)
     _check_heads(q, k, v, names=("k", "v"))
@@ -225,7 +222,7 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, names: tu
         raise ValueError(f"q: head dim must be one of {HEAD_SIZES}, not {q.shape[-1]}")
     if q.stride(-1) != 1:
         raise ValueError("q: its last dimension must be contiguous")
-    for name, x in zip(names, (k, v)):
+    for name, x in zip(names, (k, v), strict=False):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: dtype is {x.dtype}, q's is {q.dtype}")
         if x.device != q.device:
@@ -261,7 +258,7 @@ def _bounds(cu_seqlens: torch.Tensor | SequenceOf[int], total: int) -> list[int]
             )
         cu_seqlens = cu_seqlens.tolist()
     bounds = [int(bound) for bound in cu_seqlens]
-    if len(bounds) < 2 or any(a >= b for a, b in zip(bounds[:-1], bounds[1:])):
+    if len(bounds) < 2 or any(a >= b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens: must increase and hold at least two entries, not {bounds}")
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(f"cu_seqlens: must go from 0 to q's {total} tokens, not {bounds[0]} to {bounds[-1]}")

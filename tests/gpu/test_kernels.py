@@ -30,7 +30,9 @@ def test_ragged_batch_of_chunks(page_size, dim, dtype):
     requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
     if not page_size:
         requests = [Request(3000), Request(1), Request(129), Request(128), Request(2001)]
-    check_all(make_batch(requests, page_size=page_size, dim=dim, dtype=dtype, device="cuda", config=config), config, SCALE)
+    check_all(
+        make_batch(requests, page_size=page_size, dim=dim, dtype=dtype, device="cuda", config=config), config, SCALE
+    )
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1), (28, 4), (8, 1)])
@@ -49,10 +51,18 @@ def test_grouped_heads(heads, kv_heads):
 def test_lengths(length, alpha):
     config = sparse_config(alpha=alpha)
     for page_size in (0, 16, 128):
-        check_all(make_batch([Request(length)], page_size=page_size, dim=128, device="cuda", config=config), config, SCALE)
+        check_all(
+            make_batch([Request(length)], page_size=page_size, dim=128, device="cuda", config=config), config, SCALE
+        )
 
 
-@pytest.mark.parametrize("options", [{"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0}, {"num_sink_blocks": 5, "num_window_blocks": 9, "num_dense_tail_blocks": 7}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0},
+        {"num_sink_blocks": 5, "num_window_blocks": 9, "num_dense_tail_blocks": 7},
+    ],
+)
 def test_what_is_always_kept(options):
     config = sparse_config(alpha=1.0, **options)
     check_all(make_batch([Request(4000)], dim=128, device="cuda", config=config), config, SCALE)
@@ -70,7 +80,9 @@ def test_slabs_change_nothing():
 def test_many_mean_tiles():
     """More key blocks than one tile of the list and of the scores."""
     config = sparse_config(alpha=0.1)
-    batch = make_batch([Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config)
+    batch = make_batch(
+        [Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config
+    )
     wrong, total = check_select(batch, config, SCALE)
     check_attention(batch, config, SCALE)
     print(f"{wrong} of {total} at the threshold")
@@ -96,12 +108,17 @@ def test_alpha_0_is_dense(dim):
 
 def test_batch_equals_one_by_one_and_varlen():
     config = sparse_config()
-    parts = [structured(1400, 1400, heads=4, kv_heads=2, dim=64, dtype=torch.float16, device="cuda", seed=s) for s in range(3)]
+    parts = [
+        structured(1400, 1400, heads=4, kv_heads=2, dim=64, dtype=torch.float16, device="cuda", seed=s)
+        for s in range(3)
+    ]
     q, k, v = (torch.stack([part[n] for part in parts]) for n in range(3))
     together = flash_prefill(q, k, v, config=config)
     for n in range(3):
         assert torch.equal(together[n : n + 1], flash_prefill(q[n : n + 1], k[n : n + 1], v[n : n + 1], config=config))
-    packed = flash_prefill_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), [0, 1400, 2800, 4200], config=config)
+    packed = flash_prefill_varlen(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), [0, 1400, 2800, 4200], config=config
+    )
     assert torch.equal(packed.view_as(together), together)
     # Heads before tokens in memory, as transformers lays them out.
     moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -111,7 +128,10 @@ def test_batch_equals_one_by_one_and_varlen():
 @pytest.mark.parametrize("chunk", [128, 512, 896])
 def test_aligned_chunks_equal_the_whole(chunk):
     config = sparse_config()
-    q, k, v = (x[None] for x in structured(1900, 1900, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda", seed=1))
+    q, k, v = (
+        x[None]
+        for x in structured(1900, 1900, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda", seed=1)
+    )
     whole = flash_prefill(q, k, v, config=config)
     for start in range(0, 1900, chunk):
         end = min(start + chunk, 1900)
@@ -136,7 +156,9 @@ def test_mixed_step_leaves_other_rows_alone(no_sync):
     out = torch.full_like(batch.q[0], torch.nan)
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(2):
-        flash_prefill_paged(batch.q[0], batch.k, batch.v, batch.block_table, plan, config=config, softmax_scale=SCALE, out=out)
+        flash_prefill_paged(
+            batch.q[0], batch.k, batch.v, batch.block_table, plan, config=config, softmax_scale=SCALE, out=out
+        )
     torch.cuda.set_sync_debug_mode("default")
     pieces = split(out[None], batch)
     for n, piece in enumerate(pieces):
@@ -160,7 +182,11 @@ def test_no_length_compiles(no_sync):
     table = torch.randperm(2500, device="cuda", dtype=torch.int32)
     generator = np.random.default_rng(0)
     lengths = [1, 16, 2000, 2048, 4097, 8192, *generator.integers(1, 40_000, 50).tolist()]
-    kernels = (_block_mean_kernel, _block_select_kernel, _sparse_attention_kernel)
+    kernels = [_block_mean_kernel, _block_select_kernel, _sparse_attention_kernel]
+    if torch.cuda.get_device_capability()[0] == 9:
+        from vllm_flashprefill.kernels.sparse_attention_hopper import _sparse_attention_hopper_kernel
+
+        kernels.append(_sparse_attention_hopper_kernel)
 
     def compiled():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
@@ -177,6 +203,7 @@ def test_no_length_compiles(no_sync):
 
     call(3000)
     before = compiled()
+    assert before >= len(kernels)
     torch.cuda.set_sync_debug_mode("error")
     for n in lengths:
         call(n)
@@ -186,7 +213,11 @@ def test_no_length_compiles(no_sync):
 def test_bad_input_is_one_clear_error():
     q, k, v = (torch.randn(1, 300, heads, 64, device="cuda", dtype=torch.float16) for heads in (4, 2, 2))
     cache, table = k[0][:288].view(18, 16, 2, 64), torch.zeros(1, 18, device="cuda", dtype=torch.int32)
-    plan = plan_step(np.array([0, 288]), np.array([288]), FlashPrefillConfig(min_sparse_tokens=0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0))
+    plan = plan_step(
+        np.array([0, 288]),
+        np.array([288]),
+        FlashPrefillConfig(min_sparse_tokens=0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0),
+    )
     paged = dict(plan=plan, config=FlashPrefillConfig(), softmax_scale=1.0, out=torch.empty_like(q[0]))
     cases = [
         ("q", lambda: flash_prefill(q[0], k, v)),

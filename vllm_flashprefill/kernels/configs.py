@@ -77,7 +77,6 @@ SELECT = {
 }
 
 
-
 @functools.cache
 def generation(device: torch.device) -> str:
     """The GPU generation of a device; a CPU, where Triton interprets, counts as Ampere: it has no descriptors."""

@@ -53,7 +53,7 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-    """Items [first_item, first_item + num_items), the dense ones first; their lists take list_slots entries per head."""
+    """Items [first_item, first_item + num_items), dense ones first; their lists take list_slots entries a head."""
 
     first_item: int
     num_items: int

@@ -296,7 +296,7 @@ def _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, b
 
 def _is_matrix(x: torch.Tensor) -> bool:
     """Whether [a, b, G, D] is a matrix [a * b, G * D] that a tensor descriptor can describe."""
-    a, b, num_heads, head_size = x.shape
+    a, b, _num_heads, head_size = x.shape
     return (
         TensorDescriptor is not None
         and x.stride(2) == head_size
