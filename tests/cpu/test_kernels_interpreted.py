@@ -22,8 +22,7 @@ CASES = {
 
 
 @needs_triton
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("alpha", [0.3, 0.0])
+@pytest.mark.parametrize(("case", "alpha"), [*((case, 0.3) for case in CASES), ("paged_chunks", 0.0)])
 def test_all_stages_interpreted(case, alpha):
     # TRITON_INTERPRET must be set before Triton is imported.
     code = f"""
