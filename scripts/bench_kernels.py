@@ -1,0 +1,265 @@
+"""Time the kernels beside dense attention at published densities; append a row a length to a CSV.
+
+Each row is checked first, on the inputs it is timed on: query blocks of every kind against float64 over the blocks
+the kernel kept, and the kept blocks against the reference's scores. A row whose check fails has no speedup.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+import triton
+from kernel_data import structured_qkv
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.kernels.block_mean import block_mean
+from vllm_flashprefill.kernels.block_select import block_select, score_scratch
+from vllm_flashprefill.kernels.configs import num_multiprocessors
+from vllm_flashprefill.kernels.pipeline import list_scratch, run_stages
+from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
+from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+
+# Share of causal blocks: published for 4K to 128K; 2.6 % at 256K continues them.
+DENSITY = {4096: 0.70, 8192: 0.46, 16384: 0.30, 32768: 0.16, 65536: 0.094, 131072: 0.049, 262144: 0.026}
+TIE = 0.01
+
+
+class Stages:
+    """The stages on fixed inputs, each callable alone."""
+
+    def __init__(self, q, k, v, page_size: int = 0, query_len: int | None = None):
+        seq_len = k.shape[1]
+        self.plain = (k, v)
+        self.q, self.k, self.v, self.table = q, k, v, None
+        if query_len:
+            self.q = q[:, -query_len:]
+        if page_size:
+            pages = -(-seq_len // page_size)
+            order = torch.randperm(pages, device="cuda", dtype=torch.int32)
+            self.table = order[None].contiguous()
+            cache = torch.empty(2, pages, page_size, *k.shape[2:], device="cuda", dtype=k.dtype)
+            for n, x in enumerate((k, v)):
+                cache[n][order.long()] = x[0].view(pages, page_size, *k.shape[2:])
+            self.k, self.v = cache[0], cache[1]
+        tokens = self.q.shape[1]
+        self.context_len = seq_len - tokens
+        self.sequence = Sequence(tokens, self.context_len, seq_len)
+        self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
+        self.config = FlashPrefillConfig()
+        self.schedule = self.make_schedule()
+        self.mean = block_mean(self.k, self.schedule, self.table)
+        self.lists, self.counts = list_scratch(self.q, self.schedule)
+        self.scores = score_scratch(self.q, self.schedule)
+        self.out = torch.empty_like(self.q)
+
+    def make_schedule(self):
+        return cached_schedule(
+            (self.sequence,),
+            num_heads=self.heads,
+            num_dense_tail_blocks=self.config.num_dense_tail_blocks,
+            device=self.q.device,
+        )
+
+    def pool(self):
+        block_mean(self.k, self.schedule, self.table, out=self.mean)
+
+    def select(self, launch=None, slab=None):
+        scores = self.scores
+        if launch:
+            rows = launch.programs_per_sm * num_multiprocessors(self.q.device)
+            scores = torch.empty(rows, self.schedule.max_key_blocks, device="cuda")
+        block_select(
+            self.q, self.mean, self.schedule, slab or self.schedule.slabs[0], config=self.config,
+            softmax_scale=self.scale, lists=self.lists, counts=self.counts, scores=scores, launch=launch,
+        )  # fmt: skip
+
+    def attend(self, launch=None, slab=None):
+        sparse_attention(
+            self.q, self.k, self.v, self.schedule, slab or self.schedule.slabs[0], lists=self.lists,
+            counts=self.counts, softmax_scale=self.scale, out=self.out, block_table=self.table, launch=launch,
+        )  # fmt: skip
+
+    def all(self):
+        """What a caller of the API pays."""
+        run_stages(
+            self.q, self.k, self.v, self.make_schedule(), config=self.config, softmax_scale=self.scale, out=self.out,
+            block_table=self.table,
+        )  # fmt: skip
+
+    def kept_blocks(self) -> int:
+        kept = 0
+        for slab in self.schedule.slabs:
+            self.select(slab=slab)
+            kept += int(self.counts[: slab.num_items * self.heads].sum())
+        return kept
+
+    def density(self) -> float:
+        visible = int((self.schedule.items[:, 1] + 1).sum()) * self.heads
+        return self.kept_blocks() / visible
+
+    def check(self) -> tuple[float, int, int]:
+        """(largest error over plain PyTorch's, selections at the threshold, selections looked at); raises if wrong."""
+        self.out.fill_(torch.nan)
+        self.all()
+        assert not self.out.isnan().any()
+        k, v = self.plain
+        seq_len, group = k.shape[1], self.heads // k.shape[2]
+        ratio, ties, seen = 0.0, 0, 0
+        generator = torch.Generator().manual_seed(1)
+        mean = k[0, : seq_len // 128 * 128].float().unflatten(0, (-1, 128)).mean(1)
+        for slab in self.schedule.slabs:
+            self.select(slab=slab)
+            counts = self.counts[: slab.num_items * self.heads].view(-1, self.heads).cpu()
+            for n in [0, *torch.randint(slab.num_items, (6,), generator=generator).tolist()]:
+                _, block, slot = self.schedule.items[slab.first_item + n].tolist()
+                for h in torch.randint(self.heads, (3,), generator=generator).tolist():
+                    start = slot * self.heads + h * (block + 1)
+                    kept = self.lists[start : start + counts[n, h]].long()
+                    tokens = (kept[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
+                    tokens = tokens[tokens < seq_len]
+                    first = max(block * 128, self.context_len)
+                    last = min(block * 128 + 128, seq_len)
+                    rows = slice(first - self.context_len, last - self.context_len)
+                    q = self.q[0, rows, h]
+                    causal = tokens[None] <= torch.arange(first, last, device="cuda")[:, None]
+                    results = []
+                    for dtype in (torch.float64, q.dtype):
+                        logits = q.double() @ k[0, tokens, h // group].double().T
+                        p = (logits * self.scale).masked_fill(~causal, -torch.inf).softmax(-1).to(dtype)
+                        results.append(p @ v[0, tokens, h // group].to(dtype))
+                    error = (self.out[0, rows, h].double() - results[0]).norm()
+                    ratio = max(ratio, (error / (results[1].double() - results[0]).norm()).item())
+                    # The kept blocks, against the reference's score of all but the query's own block.
+                    tail = -(-seq_len // 128) - self.config.num_dense_tail_blocks
+                    if block < 1 or block >= tail or last - first < 128:
+                        continue
+                    s = self.scale * q.float() @ mean[:block, h // group].T
+                    own = self.scale * q[-1].float() @ mean[block, h // group] if block < len(mean) else -torch.inf
+                    largest = torch.maximum(s.max(), torch.as_tensor(own, device="cuda"))
+                    score = torch.exp(s - largest).sum(0)
+                    most = torch.maximum(score.max(), torch.exp(torch.as_tensor(own, device="cuda") - largest))
+                    j = torch.arange(block, device="cuda")
+                    always = (j < self.config.num_sink_blocks) | (block - j < self.config.num_window_blocks)
+                    expected = (score >= self.config.alpha * most) | always
+                    got = torch.zeros(block + 1, dtype=torch.bool, device="cuda")
+                    got[kept] = True
+                    differs = expected != got[:block]
+                    near = (score - self.config.alpha * most).abs() <= TIE * self.config.alpha * most
+                    assert not (differs & ~near).any(), "a selection differs that is not at the threshold"
+                    ties, seen = ties + int(differs.sum()), seen + block
+        assert ratio <= 2.0, f"error {ratio:.2f} times plain PyTorch's"
+        return ratio, ties, seen
+
+
+def alpha_for_density(stages: Stages, density: float) -> None:
+    """Set the largest alpha found whose density is at least `density`."""
+    low, high = 0.0, 1.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        stages.config = FlashPrefillConfig(alpha=middle)
+        low, high = (middle, high) if stages.density() >= density else (low, middle)
+    stages.config = FlashPrefillConfig(alpha=low)
+
+
+def median_ms(call, rep: int = 200) -> float:
+    call()
+    torch.cuda.synchronize()
+    return do_bench(call, warmup=rep // 5, rep=rep, return_mode="median")
+
+
+def dense_ms(q, k, v, backend: SDPBackend, rep: int) -> float | None:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+    def call():
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    try:
+        return median_ms(call, rep)
+    except RuntimeError as error:
+        print(f"{backend}: {error}")
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(DENSITY))
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=0, help="keys and values in shuffled pages; 0: plain")
+    parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/kernels.csv")
+    args = parser.parse_args()
+    commit = (
+        args.commit
+        or os.environ.get("COMMIT")
+        or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    )
+    for tokens in args.tokens:
+        q, k, v = structured_qkv(tokens, heads=args.heads, kv_heads=args.kv_heads, dim=args.head_size)
+        stages = Stages(q, k, v, page_size=args.page_size)
+        alpha_for_density(stages, DENSITY[tokens])
+        density = stages.density()
+        error, ties, seen = stages.check()
+        sparse = median_ms(stages.all)
+        pool = median_ms(stages.pool, 50)
+        select = sum(median_ms(functools.partial(stages.select, slab=slab), 50) for slab in stages.schedule.slabs)
+        attend = 0.0
+        for slab in stages.schedule.slabs:
+            stages.select(slab=slab)
+            attend += median_ms(functools.partial(stages.attend, slab=slab), 100)
+        rep = 1 if tokens > 200_000 else 200
+        fa2 = None if args.no_dense else dense_ms(q, k, v, SDPBackend.FLASH_ATTENTION, rep)
+        cudnn = None if args.no_dense else dense_ms(q, k, v, SDPBackend.CUDNN_ATTENTION, rep)
+        row = dict(
+            date=datetime.date.today().isoformat(),
+            gpu=torch.cuda.get_device_name(),
+            torch=torch.__version__,
+            triton=triton.__version__,
+            commit=commit,
+            tokens=tokens,
+            heads=args.heads,
+            kv_heads=args.kv_heads,
+            head_size=args.head_size,
+            dtype="bf16",
+            page_size=args.page_size,
+            alpha=round(stages.config.alpha, 5),
+            density=round(density, 5),
+            check="passed",
+            error_over_plain=round(error, 3),
+            ties=f"{ties}/{seen}",
+            sparse_ms=round(sparse, 4),
+            pool_ms=round(pool, 4),
+            select_ms=round(select, 4),
+            attend_ms=round(attend, 4),
+            attend_tflops=round(stages.kept_blocks() * 4 * 128 * 128 * args.head_size / attend / 1e9, 1),
+            fa2_ms=fa2 and round(fa2, 4),
+            cudnn_ms=cudnn and round(cudnn, 4),
+            times_fa2=fa2 and round(fa2 / sparse, 2),
+            times_cudnn=cudnn and round(cudnn / sparse, 2),
+        )
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.csv.exists()
+        with args.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print({key: row[key] for key in list(row)[5:]}, flush=True)
+        del q, k, v, stages
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernel_cases import (
+    Request,
+    check_all,
+    check_attention,
+    check_select,
+    make_batch,
+    sparse_config,
+    split,
+    structured,
+)
+
+from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
+from vllm_flashprefill.plan import plan_step
+
+SCALE = 0.125
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [0, 16, 48, 128, 256])
+def test_ragged_batch_of_chunks(page_size, dim, dtype):
+    config = sparse_config()
+    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
+    if not page_size:
+        requests = [Request(3000), Request(1), Request(129), Request(128), Request(2001)]
+    check_all(
+        make_batch(requests, page_size=page_size, dim=dim, dtype=dtype, device="cuda", config=config), config, SCALE
+    )
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1), (28, 4), (8, 1)])
+def test_grouped_heads(heads, kv_heads):
+    config = sparse_config()
+    for page_size in (0, 16):
+        batch = make_batch(
+            [Request(1500)], page_size=page_size, heads=heads, kv_heads=kv_heads, dim=128,
+            dtype=torch.bfloat16, device="cuda", config=config,
+        )  # fmt: skip
+        check_all(batch, config, SCALE)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1500])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_lengths(length, alpha):
+    config = sparse_config(alpha=alpha)
+    for page_size in (0, 16, 128):
+        check_all(
+            make_batch([Request(length)], page_size=page_size, dim=128, device="cuda", config=config), config, SCALE
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0},
+        {"num_sink_blocks": 5, "num_window_blocks": 9, "num_dense_tail_blocks": 7},
+    ],
+)
+def test_what_is_always_kept(options):
+    config = sparse_config(alpha=1.0, **options)
+    check_all(make_batch([Request(4000)], dim=128, device="cuda", config=config), config, SCALE)
+
+
+def test_slabs_change_nothing():
+    config = sparse_config()
+    requests = [Request(3000), Request(1000)]
+    whole = check_all(make_batch(requests, dim=128, device="cuda", config=config), config, SCALE)
+    batch = make_batch(requests, dim=128, device="cuda", config=config, slab_bytes=1000)
+    assert len(batch.schedule.slabs) > 5
+    assert torch.equal(check_all(batch, config, SCALE), whole)
+
+
+def test_many_mean_tiles():
+    """More key blocks than one tile of the list and of the scores."""
+    config = sparse_config(alpha=0.1)
+    batch = make_batch(
+        [Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config
+    )
+    wrong, total = check_select(batch, config, SCALE)
+    check_attention(batch, config, SCALE)
+    print(f"{wrong} of {total} at the threshold")
+
+
+def test_large_logits():
+    config = sparse_config()
+    batch = make_batch([Request(1500)], dim=128, device="cuda", config=config)
+    check_all(batch, config, 20.0)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_alpha_0_is_dense(dim):
+    q, k, v = structured(5000, 5000, heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, device="cuda", seed=0)
+    out = flash_prefill(q[None], k[None], v[None], config=FlashPrefillConfig(alpha=0.0))[0]
+    expand = [x.repeat_interleave(4, dim=1).transpose(0, 1) for x in (k, v)]
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double().transpose(0, 1), *(x.double() for x in expand), is_causal=True
+    ).transpose(0, 1)
+    plain = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *expand, is_causal=True).transpose(0, 1)
+    assert (out.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
+
+
+def test_batch_equals_one_by_one_and_varlen():
+    config = sparse_config()
+    parts = [
+        structured(1400, 1400, heads=4, kv_heads=2, dim=64, dtype=torch.float16, device="cuda", seed=s)
+        for s in range(3)
+    ]
+    q, k, v = (torch.stack([part[n] for part in parts]) for n in range(3))
+    together = flash_prefill(q, k, v, config=config)
+    for n in range(3):
+        assert torch.equal(together[n : n + 1], flash_prefill(q[n : n + 1], k[n : n + 1], v[n : n + 1], config=config))
+    packed = flash_prefill_varlen(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), [0, 1400, 2800, 4200], config=config
+    )
+    assert torch.equal(packed.view_as(together), together)
+    # Heads before tokens in memory, as transformers lays them out.
+    moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(flash_prefill(*moved, config=config), together, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("chunk", [128, 512, 896])
+def test_aligned_chunks_equal_the_whole(chunk):
+    config = sparse_config()
+    q, k, v = (
+        x[None]
+        for x in structured(1900, 1900, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda", seed=1)
+    )
+    whole = flash_prefill(q, k, v, config=config)
+    for start in range(0, 1900, chunk):
+        end = min(start + chunk, 1900)
+        part = flash_prefill(q[:, start:end], k[:, :end], v[:, :end], config=config, prompt_len=1900)
+        assert torch.equal(part, whole[:, start:end])
+
+
+def paged_step(requests, page_size, config, **options):
+    batch = make_batch(requests, page_size=page_size, device="cuda", config=config, **options)
+    starts = np.cumsum([0, *(r.query_len for r in requests)])
+    plan = plan_step(
+        starts, np.array([r.seq_len for r in requests]), config, np.array([r.prompt_len for r in requests])
+    )
+    return batch, plan
+
+
+def test_mixed_step_leaves_other_rows_alone(no_sync):
+    torch.cuda.set_sync_debug_mode("default")
+    config = sparse_config(min_sparse_tokens=1000)
+    batch, plan = paged_step([Request(1, 500), Request(2000), Request(300), Request(900, 1100, 200)], 16, config)
+    assert [request.index for request in plan.sparse] == [1, 3]
+    out = torch.full_like(batch.q[0], torch.nan)
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(2):
+        flash_prefill_paged(
+            batch.q[0], batch.k, batch.v, batch.block_table, plan, config=config, softmax_scale=SCALE, out=out
+        )
+    torch.cuda.set_sync_debug_mode("default")
+    pieces = split(out[None], batch)
+    for n, piece in enumerate(pieces):
+        if n in (1, 3):
+            q, k, v = (x[None] for x in batch.parts[n])
+            alone = flash_prefill(q, k, v, config=config, softmax_scale=SCALE, prompt_len=batch.requests[n].prompt_len)
+            torch.testing.assert_close(piece, alone[0], rtol=2e-3, atol=2e-3)
+        else:
+            assert piece.isnan().all()
+
+
+def test_no_length_compiles(no_sync):
+    from vllm_flashprefill.kernels.block_mean import _block_mean_kernel
+    from vllm_flashprefill.kernels.block_select import _block_select_kernel
+    from vllm_flashprefill.kernels.sparse_attention import _sparse_attention_kernel
+
+    torch.cuda.set_sync_debug_mode("default")
+    config = sparse_config()
+    pool = torch.randn(3, 1, 40_000, 4, 64, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(2, 2500, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(2500, device="cuda", dtype=torch.int32)
+    generator = np.random.default_rng(0)
+    lengths = [1, 16, 2000, 2048, 4097, 8192, *generator.integers(1, 40_000, 50).tolist()]
+    kernels = [_block_mean_kernel, _block_select_kernel, _sparse_attention_kernel]
+    if torch.cuda.get_device_capability()[0] == 9:
+        from vllm_flashprefill.kernels.sparse_attention_hopper import _sparse_attention_hopper_kernel
+
+        kernels.append(_sparse_attention_hopper_kernel)
+
+    def compiled():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    def call(n):
+        q, k, v = pool[0][:, :n], pool[1][:, :n, :2], pool[2][:, :n, :2]
+        flash_prefill(q, k, v, config=config)
+        flash_prefill_varlen(q[0], k[0], v[0], [0, n], config=config)
+        pages = -(-n // 16)
+        plan = plan_step(np.array([0, n]), np.array([n]), FlashPrefillConfig(min_sparse_tokens=0))
+        flash_prefill_paged(
+            q[0], *cache, table[None, :pages], plan, config=config, softmax_scale=SCALE, out=torch.empty_like(q[0])
+        )
+
+    call(3000)
+    before = compiled()
+    assert before >= len(kernels)
+    torch.cuda.set_sync_debug_mode("error")
+    for n in lengths:
+        call(n)
+    assert compiled() == before
+
+
+def test_bad_input_is_one_clear_error():
+    q, k, v = (torch.randn(1, 300, heads, 64, device="cuda", dtype=torch.float16) for heads in (4, 2, 2))
+    cache, table = k[0][:288].view(18, 16, 2, 64), torch.zeros(1, 18, device="cuda", dtype=torch.int32)
+    plan = plan_step(
+        np.array([0, 288]),
+        np.array([288]),
+        FlashPrefillConfig(min_sparse_tokens=0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0),
+    )
+    paged = dict(plan=plan, config=FlashPrefillConfig(), softmax_scale=1.0, out=torch.empty_like(q[0]))
+    cases = [
+        ("q", lambda: flash_prefill(q[0], k, v)),
+        ("q", lambda: flash_prefill(q.float(), k.float(), v.float())),
+        ("q", lambda: flash_prefill(q[..., :48], k[..., :48], v[..., :48])),
+        ("q", lambda: flash_prefill(q.transpose(1, 3), k, v)),
+        ("k", lambda: flash_prefill(q, k.bfloat16(), v)),
+        ("k", lambda: flash_prefill(q, k.cpu(), v)),
+        ("k", lambda: flash_prefill(q, k[:, :200], v[:, :200])),
+        ("k", lambda: flash_prefill(q[:, :, :3], k, v)),
+        ("v", lambda: flash_prefill(q, k, v[:, :200])),
+        ("out", lambda: flash_prefill(q, k, v, out=q[:, :10])),
+        ("softmax_scale", lambda: flash_prefill(q, k, v, softmax_scale=-1.0)),
+        ("prompt_len", lambda: flash_prefill(q, k, v, prompt_len=7)),
+        ("cu_seqlens", lambda: flash_prefill_varlen(q[0], k[0], v[0], [0, 200, 100, 300])),
+        ("cu_seqlens", lambda: flash_prefill_varlen(q[0], k[0], v[0], [0, 299])),
+        ("block_table", lambda: flash_prefill_paged(q[0], cache, cache, table[:, :17], **paged)),
+        ("block_table", lambda: flash_prefill_paged(q[0], cache, cache, table.long(), **paged)),
+        ("k_cache", lambda: flash_prefill_paged(q[0], cache[:, :15], cache[:, :15], table, **paged)),
+    ]
+    for name, call in cases:
+        with pytest.raises(ValueError, match=f"^{name}:"):
+            call()

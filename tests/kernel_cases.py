@@ -1,0 +1,303 @@
+"""Inputs and comparisons that the kernel tests share, on the GPU and under Triton's interpreter."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.kernels import pipeline
+from vllm_flashprefill.kernels.block_mean import block_mean
+from vllm_flashprefill.kernels.block_select import block_select
+from vllm_flashprefill.kernels.schedule import Schedule, Sequence, schedule_sequences
+from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref
+
+# A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
+TIE = 0.01
+
+
+@dataclass
+class Request:
+    """One sequence: tokens of this chunk, tokens before it, tokens after it."""
+
+    query_len: int
+    context_len: int = 0
+    rest: int = 0
+
+    @property
+    def seq_len(self):
+        return self.query_len + self.context_len
+
+    @property
+    def prompt_len(self):
+        return self.seq_len + self.rest
+
+
+@dataclass
+class Batch:
+    """Requests packed for the paged kernels, and each one's plain tensors."""
+
+    requests: list
+    q: torch.Tensor  # [1, tokens, H, D]
+    k: torch.Tensor  # [pages, page_size, G, D], or [1, tokens, G, D] where block_table is None
+    v: torch.Tensor
+    block_table: torch.Tensor | None
+    parts: list  # (q [T, H, D], k [S, G, D], v) of each request
+    schedule: Schedule
+
+
+def structured(query_len, seq_len, *, heads, kv_heads, dim, dtype, device, seed):
+    """Keys with a theme per block and queries drawn to a few of them, so that blocks differ in score."""
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks = -(-seq_len // 128)
+    theme = torch.randn(num_blocks, kv_heads, dim, generator=generator)
+    k = torch.randn(seq_len, kv_heads, dim, generator=generator)
+    k += 1.5 * theme.repeat_interleave(128, dim=0)[:seq_len]
+    v = torch.randn(seq_len, kv_heads, dim, generator=generator)
+    q = torch.randn(query_len, heads, dim, generator=generator)
+    target = torch.randint(num_blocks, (-(-query_len // 128) + 1, heads), generator=generator)
+    group = heads // kv_heads
+    drawn = theme[target, torch.arange(heads) // group]
+    q += 0.7 * drawn.repeat_interleave(128, dim=0)[:query_len]
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def make_batch(
+    requests,
+    *,
+    page_size=0,
+    heads=4,
+    kv_heads=2,
+    dim=64,
+    dtype=torch.float16,
+    device="cpu",
+    seed=0,
+    config,
+    slab_bytes=None,
+):
+    device = torch.device(device)
+    parts = [
+        structured(
+            r.query_len, r.seq_len, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, device=device, seed=seed + n
+        )
+        for n, r in enumerate(requests)
+    ]
+    q = torch.cat([part[0] for part in parts])
+    block_table, sequences, query_start, kv_start = None, [], 0, 0
+    for row, request in enumerate(requests):
+        sequences.append(
+            Sequence(
+                request.query_len, request.context_len, request.prompt_len,
+                query_start=query_start, kv_start=kv_start, table_row=row,
+            )
+        )  # fmt: skip
+        query_start += request.query_len
+        kv_start += request.seq_len
+    if page_size:
+        k, block_table = paged([part[1] for part in parts], page_size, seed=seed)
+        v, _ = paged([part[2] for part in parts], page_size, seed=seed)
+    else:
+        k, v = (torch.cat([part[n] for part in parts])[None] for n in (1, 2))
+    extra = {} if slab_bytes is None else {"list_bytes": slab_bytes}
+    schedule = schedule_sequences(
+        sequences, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
+    )
+    return Batch(requests, q[None], k, v, block_table, parts, schedule)
+
+
+def paged(sequences, page_size, *, seed):
+    """Lay [S, G, D] sequences out on shuffled pages; every slot that holds no token is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-len(sequence) // page_size) for sequence in sequences]
+    order = torch.randperm(sum(counts) + 3, generator=generator)
+    like = sequences[0]
+    # As vLLM's cache [2, pages, ...] seen through one index: pages are strided views.
+    cache = like.new_full((len(order), 2, page_size, *like.shape[1:]), torch.nan)[:, 0]
+    table = torch.zeros(len(sequences), max(counts), dtype=torch.int32)
+    used = 0
+    for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+        table[row, :count] = order[used : used + count]
+        for slot in range(count):
+            piece = sequence[slot * page_size : (slot + 1) * page_size]
+            cache[order[used + slot], : len(piece)] = piece
+        used += count
+    return cache, table.to(like.device)
+
+
+def run_select(batch, config, scale):
+    """Masks [H, NQ, NK] bool and log2 scores [H, NQ, NK] of each request, from the kernels, on NaN-filled scratch."""
+    heads = batch.q.shape[2]
+    schedule = batch.schedule
+    mean = block_mean(batch.k, schedule, batch.block_table)
+    masks = [
+        torch.zeros(heads, -(-r.seq_len // 128) - r.context_len // 128, -(-r.seq_len // 128), dtype=torch.bool)
+        for r in batch.requests
+    ]
+    scores = [torch.full(mask.shape, torch.nan) for mask in masks]
+    items = schedule.items.tolist()
+    for slab in schedule.slabs:
+        lists, counts = pipeline.list_scratch(batch.q, schedule)
+        lists.fill_(-1)
+        scratch = batch.q.new_full((slab.num_items * heads, schedule.max_key_blocks), torch.nan, dtype=torch.float32)
+        block_select(
+            batch.q,
+            mean,
+            schedule,
+            slab,
+            config=config,
+            softmax_scale=scale,
+            lists=lists,
+            counts=counts,
+            scores=scratch,
+        )
+        lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
+        for n in range(slab.num_items):
+            row, block, slot = items[slab.first_item + n]
+            at = block - batch.requests[row].context_len // 128
+            for h in range(heads):
+                start = slot * heads + h * (block + 1)
+                kept = lists[start : start + counts[n * heads + h]]
+                assert torch.equal(kept, kept.sort().values) and kept[-1] == block
+                assert (lists[start + len(kept) : start + block + 1] == -1).all(), "nothing is written after the list"
+                masks[row][h, at, kept.long()] = True
+                scores[row][h, at, : block + 1] = scratch[n * heads + h, : block + 1]
+    return masks, scores
+
+
+def reference_select(request, part, config, scale):
+    """E, its mask and which entries are within rounding of the threshold, from the reference."""
+    q, k, _ = (x.cpu() for x in part)
+    score = block_score_ref(
+        q, block_mean_ref(k, 128), context_len=request.context_len, block_size=128, softmax_scale=scale
+    )
+    mask = block_select_ref(
+        score,
+        first_query_block=request.context_len // 128,
+        num_prompt_blocks=-(-request.prompt_len // 128),
+        config=config,
+    )
+    threshold = config.alpha * score.amax(dim=-1, keepdim=True)
+    return score, mask, (score - threshold).abs() <= TIE * threshold
+
+
+def lists_of(masks, batch, slab):
+    """What `block_select` would write for these masks."""
+    heads = batch.q.shape[2]
+    lists, counts = pipeline.list_scratch(batch.q, batch.schedule)
+    lists, counts = lists.cpu().fill_(-1), counts.cpu()
+    for n in range(slab.num_items):
+        row, block, slot = batch.schedule.items[slab.first_item + n].tolist()
+        at = block - batch.requests[row].context_len // 128
+        for h in range(heads):
+            kept = masks[row][h, at].nonzero().flatten()
+            start = slot * heads + h * (block + 1)
+            lists[start : start + len(kept)] = kept
+            counts[n * heads + h] = len(kept)
+    return lists.to(batch.q.device), counts.to(batch.q.device)
+
+
+def run_attention(batch, masks, scale):
+    """Stage 4 fed some masks, into a NaN-filled output; [T, H, D] of each request."""
+    out = torch.full_like(batch.q, torch.nan)
+    for slab in batch.schedule.slabs:
+        lists, counts = lists_of(masks, batch, slab)
+        sparse_attention(
+            batch.q, batch.k, batch.v, batch.schedule, slab,
+            lists=lists, counts=counts, softmax_scale=scale, out=out, block_table=batch.block_table,
+        )  # fmt: skip
+    return split(out, batch)
+
+
+def split(out, batch):
+    return list(out[0].split([request.query_len for request in batch.requests]))
+
+
+def check_means(batch):
+    mean = block_mean(batch.k, batch.schedule, batch.block_table).cpu()
+    expected = torch.cat([block_mean_ref(part[1].cpu(), 128) for part in batch.parts]).transpose(0, 1)
+    torch.testing.assert_close(mean.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def check_select(batch, config, scale):
+    """Scores and masks against the reference; returns (mismatches, entries)."""
+    masks, scores = run_select(batch, config, scale)
+    wrong = total = 0
+    for request, part, mask, log2_score in zip(batch.requests, batch.parts, masks, scores, strict=True):
+        score, expected, tie = reference_select(request, part, config, scale)
+        # The kernel's scores have no common factor with the reference's: compare as shares of the largest.
+        relative = score / score.amax(dim=-1, keepdim=True)
+        found = torch.exp2(log2_score - log2_score.nan_to_num(-math.inf).amax(dim=-1, keepdim=True))
+        scored = ~log2_score.isnan() & ~relative.isnan() & ~found.isnan()
+        assert ((found - relative).abs() <= 0.01 * relative + 1e-6)[scored].all()
+        if config.alpha > 0:
+            i = torch.arange(request.context_len // 128, -(-request.seq_len // 128))[:, None]
+            must = (i >= config.num_sink_blocks + config.num_window_blocks) & (
+                i < -(-request.prompt_len // 128) - config.num_dense_tail_blocks
+            )
+            visible = must & (torch.arange(mask.shape[2])[None] <= i)
+            assert scored[:, visible].all(), "every block that is not kept anyway has a score"
+        differs = mask != expected
+        assert not (differs & ~tie).any(), "selections differ where the score is not at the threshold"
+        wrong += int(differs.sum())
+        total += mask.numel()
+    assert wrong <= max(1, 0.002 * total), f"{wrong} of {total} selections fell to the other side of the threshold"
+    return wrong, total
+
+
+def check_attention(batch, config, scale):
+    """Stage 4 on the reference's selection: error against float64 at most twice plain PyTorch's."""
+    masks = [reference_select(r, part, config, scale)[1] for r, part in zip(batch.requests, batch.parts, strict=True)]
+    for request, part, mask, out in zip(
+        batch.requests, batch.parts, masks, run_attention(batch, masks, scale), strict=True
+    ):
+        assert_close_attention(out, part, mask, request, scale)
+
+
+def assert_close_attention(out, part, mask, request, scale):
+    q, k, v = part
+    exact, plain = exact_and_plain(q, k, v, mask.to(q.device), request.context_len, scale)
+    error = ((out.double() - exact).norm() / exact.norm()).item()
+    plain_error = ((plain.double() - exact).norm() / exact.norm()).item()
+    assert error <= 2 * plain_error + 1e-6, f"error {error:.2e}, plain PyTorch's {plain_error:.2e}"
+
+
+def exact_and_plain(q, k, v, mask, context_len, scale):
+    """Attention over the kept blocks in float64, and in PyTorch with float32 logits and the probabilities in
+    the inputs' precision, as fused kernels hold them. [T, H, D] each."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    q = q.transpose(0, 1)
+    positions = torch.arange(context_len, context_len + q.shape[1], device=q.device)
+    tokens = torch.arange(k.shape[1], device=q.device)
+    allowed = mask[:, positions // 128 - context_len // 128].repeat_interleave(128, dim=-1)[:, :, : k.shape[1]]
+    allowed = allowed & (tokens[None, :] <= positions[:, None])
+    results = []
+    for dtype in (torch.float64, q.dtype):
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        logits = (q.to(wide) @ k.to(wide).transpose(1, 2)) * scale
+        p = logits.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+        results.append((p.to(dtype) @ v.to(dtype)).transpose(0, 1))
+    return results
+
+
+def check_all(batch, config, scale):
+    """Every stage, then all of them through the pipeline."""
+    check_means(batch)
+    check_select(batch, config, scale)
+    check_attention(batch, config, scale)
+    masks, _ = run_select(batch, config, scale)
+    out = torch.full_like(batch.q, torch.nan)
+    pipeline.run_stages(
+        batch.q, batch.k, batch.v, batch.schedule,
+        config=config, softmax_scale=scale, out=out, block_table=batch.block_table,
+    )  # fmt: skip
+    for request, part, mask, got in zip(batch.requests, batch.parts, masks, split(out, batch), strict=True):
+        assert_close_attention(got, part, mask, request, scale)
+    return out
+
+
+def sparse_config(**options):
+    return FlashPrefillConfig(
+        **{"alpha": 0.3, "num_sink_blocks": 1, "num_window_blocks": 2, "num_dense_tail_blocks": 1, **options}
+    )

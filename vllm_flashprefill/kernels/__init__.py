@@ -1,0 +1,1 @@
+"""Triton kernels of the four stages, each with its launcher; none imports vllm."""

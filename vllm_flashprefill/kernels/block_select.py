@@ -1,0 +1,189 @@
+"""Stages 2 and 3, score and select, in one kernel: nothing of size (blocks x blocks) leaves it but the lists.
+
+A program walks over (query block, head) pairs. For each it scores the mean keys tile by tile into a row of
+scratch that is its own, then compares them with the largest and writes the indices of the kept blocks. The score
+is held as log2 E, which has no maximum to subtract: E >= alpha * max E is log2 E >= log2 alpha + max log2 E.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
+from vllm_flashprefill.kernels.configs import SelectConfig, num_multiprocessors, select_config
+from vllm_flashprefill.kernels.schedule import Schedule, Slab
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _log2_sum(s, scale):
+    """s: [BLOCK_N, BLOCK], mean keys by query rows. log2 of the sum over rows of exp2(scale * s)."""
+    largest = tl.maximum(tl.max(s, axis=1), -1.0e30)
+    return largest * scale + tl.log2(tl.sum(tl.exp2(s * scale - (largest * scale)[:, None]), axis=1))
+
+
+@triton.jit(do_not_specialize=["num_work", "first_item", "num_mean_rows", "stride_scores"])
+def _block_select_kernel(
+    q_ptr,
+    mean_ptr,
+    requests_ptr,
+    items_ptr,
+    lists_ptr,
+    counts_ptr,
+    scores_ptr,
+    num_work,
+    first_item,
+    scale,
+    log2_alpha,
+    stride_qb: tl.int64,
+    stride_qt,
+    stride_qh,
+    num_mean_rows,
+    stride_scores: tl.int64,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_LIST: tl.constexpr,
+    NUM_SINK_BLOCKS: tl.constexpr,
+    NUM_WINDOW_BLOCKS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    scores_row_ptr = scores_ptr + program.to(tl.int64) * stride_scores
+    offs_dim = tl.arange(0, HEAD_SIZE)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_list = tl.arange(0, BLOCK_LIST)
+    for work in range(program, num_work, tl.num_programs(0)):
+        head = work % NUM_HEADS
+        item_ptr = items_ptr + (first_item + work // NUM_HEADS) * 3
+        request_ptr = requests_ptr + tl.load(item_ptr) * 8
+        query_block = tl.load(item_ptr + 1)
+        list_start = tl.load(item_ptr + 2).to(tl.int64) * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
+        query_len = tl.load(request_ptr + 2)
+        context_len = tl.load(request_ptr + 3)
+        keep_all = (query_block >= tl.load(request_ptr + 7)) | (query_block < NUM_SINK_BLOCKS + NUM_WINDOW_BLOCKS)
+        keep_all = keep_all | (log2_alpha == float("-inf"))
+
+        # [BLOCK_N]
+        largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+        if not keep_all:
+            # A row outside the chunk repeats the nearest row inside it, and is left out of the sum.
+            rows = query_block * BLOCK + tl.arange(0, BLOCK) - context_len
+            mask_rows = (rows >= 0) & (rows < query_len)
+            offs_rows = tl.load(request_ptr + 1) + tl.minimum(tl.maximum(rows, 0), query_len - 1)
+            q_start_ptr = q_ptr + tl.load(request_ptr).to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+            # [HEAD_SIZE, BLOCK]
+            q = tl.load(q_start_ptr + offs_rows.to(tl.int64)[None, :] * stride_qt + offs_dim[:, None])
+            q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(mean_ptr.dtype.element_ty)
+            mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6)
+            # [BLOCK_N, HEAD_SIZE]
+            mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
+
+            # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
+            all_rows = (query_block * BLOCK >= context_len) & ((query_block + 1) * BLOCK <= context_len + query_len)
+            unmasked_end = tl.where(all_rows, query_block // BLOCK_N * BLOCK_N, 0)
+            for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
+                mean = tl.load(mean_ptrs + start * HEAD_SIZE)
+                score = _log2_sum(tl.dot(mean, q), scale)
+                largest = tl.maximum(largest, score)
+                tl.store(scores_row_ptr + start + offs_n, score)
+            # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far.
+            own_block_row = tl.minimum((query_block + 1) * BLOCK, context_len + query_len) - 1 - context_len
+            for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
+                blocks = start + offs_n
+                mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
+                visible = (blocks < query_block)[:, None] & mask_rows[None, :]
+                visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
+                score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
+                largest = tl.maximum(largest, score)
+                tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
+            tl.debug_barrier()
+
+        threshold = log2_alpha + tl.max(largest, axis=0)
+        count = 0
+        for start in range(0, query_block + 1, BLOCK_LIST):
+            # [BLOCK_LIST]
+            blocks = start + offs_list
+            mask_blocks = blocks <= query_block
+            score = tl.load(scores_row_ptr + blocks, mask=mask_blocks & (not keep_all), other=float("-inf"))
+            kept = (score >= threshold) | (blocks < NUM_SINK_BLOCKS) | (query_block - blocks < NUM_WINDOW_BLOCKS)
+            kept = ((kept | keep_all) & mask_blocks).to(tl.int32)
+            slots = list_start + count + tl.cumsum(kept, axis=0) - 1
+            tl.store(lists_ptr + slots, blocks, mask=kept != 0)
+            count += tl.sum(kept, axis=0)
+        tl.store(counts_ptr + work, count)
+        # The next pair writes over these scores.
+        tl.debug_barrier()
+
+
+def block_select(
+    q: torch.Tensor,
+    mean: torch.Tensor,
+    schedule: Schedule,
+    slab: Slab,
+    *,
+    config: FlashPrefillConfig,
+    softmax_scale: float,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    scores: torch.Tensor,
+    launch: SelectConfig | None = None,
+) -> None:
+    """The kept blocks of each query block and head of a slab.
+
+    Args:
+        q: [batch, tokens, H, D].
+        mean: [G, mean rows, D], from `block_mean`.
+        lists: [>= slab.list_slots * H] int32, written: pair (n, h) of the slab's items owns slots
+            slot_n * H + h * (i + 1) up to + i, i its query block and slot_n the item's third column; its kept
+            blocks come first in ascending order, the last being i.
+        counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
+        scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
+            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests).
+        launch: tile sizes, to replace the committed table's.
+    """
+    num_heads, head_size = q.shape[2:]
+    launch = launch or select_config(q.device, head_size)
+    num_work = slab.num_items * num_heads
+    _block_select_kernel[(min(len(scores), num_work),)](
+        q,
+        mean,
+        schedule.requests,
+        schedule.items,
+        lists,
+        counts,
+        scores,
+        num_work,
+        slab.first_item,
+        softmax_scale * LOG2_E,
+        math.log2(config.alpha) if config.alpha > 0 else -math.inf,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        mean.shape[1],
+        scores.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // len(mean),
+        HEAD_SIZE=head_size,
+        BLOCK=BLOCK_SIZE,
+        BLOCK_N=launch.block_n,
+        BLOCK_LIST=512,
+        NUM_SINK_BLOCKS=config.num_sink_blocks,
+        NUM_WINDOW_BLOCKS=config.num_window_blocks,
+        NUM_STAGES=launch.num_stages,
+        num_warps=launch.num_warps,
+    )
+
+
+def score_scratch(q: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """Scratch for `block_select`: one row of scores for each program that the GPU holds at once."""
+    launch = select_config(q.device, q.shape[-1])
+    num_programs = launch.programs_per_sm * num_multiprocessors(q.device)
+    return q.new_empty((num_programs, schedule.max_key_blocks), dtype=torch.float32)

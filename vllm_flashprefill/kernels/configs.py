@@ -1,0 +1,101 @@
+"""Tile sizes by GPU generation and head size, measured with scripts/tune_kernels.py; nothing is tuned at run time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Launch of stage 4.
+
+    Attributes:
+        block_n: keys per tile.
+        tma: load tiles by tensor descriptor.
+        by_head: one KV head's query blocks after another's, so that they share keys in the L2 cache.
+        gluon: the Hopper kernel (sparse_attention_hopper.py); needs tma, and has by_head.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    by_head: bool = False
+    gluon: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """Launch of stages 2 and 3. `block_n`: mean keys per tile."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+# (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
+# Only Hopper's d128 rows are measured so far (docs/performance.md); the others are chosen to fit.
+ATTENTION = {
+    ("ampere", 64): AttentionConfig(64, 4, 3, by_head=True),
+    ("ampere", 128): AttentionConfig(64, 8, 2, by_head=True),
+    ("ampere", 256): AttentionConfig(32, 8, 2, by_head=True),
+    ("hopper", 64): AttentionConfig(128, 8, 3, by_head=True),
+    ("hopper", 128): AttentionConfig(128, 8, 2, by_head=True),
+    ("hopper", 256): AttentionConfig(64, 8, 2, by_head=True),
+    ("blackwell", 64): AttentionConfig(128, 8, 3, by_head=True),
+    ("blackwell", 128): AttentionConfig(128, 8, 2, by_head=True),
+    ("blackwell", 256): AttentionConfig(64, 8, 2, by_head=True),
+}
+# Where Triton has Gluon for Hopper, and strides and page size allow descriptors of whole blocks.
+ATTENTION_GLUON = {
+    ("hopper", 64): AttentionConfig(128, 8, 2, tma=True, by_head=True, gluon=True),
+    ("hopper", 128): AttentionConfig(128, 8, 2, tma=True, by_head=True, gluon=True),
+}
+# Where strides and page size allow tensor descriptors.
+ATTENTION_TMA = {
+    ("hopper", 64): AttentionConfig(128, 8, 3, tma=True, by_head=True),
+    ("hopper", 128): AttentionConfig(64, 4, 3, tma=True, by_head=True),
+    ("hopper", 256): AttentionConfig(64, 8, 2, tma=True, by_head=True),
+    ("blackwell", 64): AttentionConfig(128, 8, 3, tma=True, by_head=True),
+    ("blackwell", 128): AttentionConfig(128, 8, 2, tma=True, by_head=True),
+    ("blackwell", 256): AttentionConfig(64, 8, 2, tma=True, by_head=True),
+}
+SELECT = {
+    ("ampere", 64): SelectConfig(64, 4, 3, 2),
+    ("ampere", 128): SelectConfig(64, 4, 2, 2),
+    ("ampere", 256): SelectConfig(32, 8, 2, 1),
+    ("hopper", 64): SelectConfig(128, 4, 3, 2),
+    ("hopper", 128): SelectConfig(64, 4, 3, 2),
+    ("hopper", 256): SelectConfig(64, 8, 2, 1),
+    ("blackwell", 64): SelectConfig(128, 4, 3, 2),
+    ("blackwell", 128): SelectConfig(64, 4, 3, 2),
+    ("blackwell", 256): SelectConfig(64, 8, 2, 1),
+}
+
+
+@functools.cache
+def generation(device: torch.device) -> str:
+    """The GPU generation of a device; a CPU, where Triton interprets, counts as Ampere: it has no descriptors."""
+    if device.type != "cuda":
+        return "ampere"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionConfig, ...]:
+    """What to launch stage 4 with, best first; the last one takes any strides and page size."""
+    key = generation(device), head_size
+    return tuple(table[key] for table in (ATTENTION_GLUON, ATTENTION_TMA, ATTENTION) if key in table)
+
+
+def select_config(device: torch.device, head_size: int) -> SelectConfig:
+    return SELECT[generation(device), head_size]

@@ -1,0 +1,312 @@
+"""Stage 4, attend: exact softmax attention of each query block over the keys of its kept blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_flashprefill.config import BLOCK_SIZE
+from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
+from vllm_flashprefill.kernels.schedule import Schedule, Slab
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.3
+    TensorDescriptor = None
+
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    from vllm_flashprefill.kernels.sparse_attention_hopper import _sparse_attention_hopper_kernel, tile_layout
+except ImportError:  # Triton before 3.5
+    _sparse_attention_hopper_kernel = None
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _token_offsets(tokens, mask_tokens, table_row_ptr, kv_start, stride_page, stride_token, PAGE_SIZE: tl.constexpr):
+    """int64 element offsets of the rows of some tokens of one sequence."""
+    if PAGE_SIZE > 0:
+        pages = tl.load(table_row_ptr + tokens // PAGE_SIZE, mask=mask_tokens).to(tl.int64)
+        return pages * stride_page + (tokens % PAGE_SIZE).to(tl.int64) * stride_token
+    else:
+        return (kv_start + tokens).to(tl.int64) * stride_token
+
+
+@triton.jit
+def _softmax_step(s, v, acc, row_max, row_sum, scale):
+    """Take in one tile. s: [BLOCK, BLOCK_N] logits before scaling; v: [BLOCK_N, HEAD_SIZE]."""
+    new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - new_max[:, None])
+    correction = tl.exp2(row_max - new_max)
+    row_sum = row_sum * correction + tl.sum(p, axis=1)
+    acc = acc * correction[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc)
+    return acc, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["first_item", "num_dense_items", "rows_per_batch", "stride_table"])
+def _sparse_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    k_desc,
+    v_desc,
+    block_table_ptr,
+    requests_ptr,
+    items_ptr,
+    lists_ptr,
+    counts_ptr,
+    first_item,
+    num_dense_items,
+    rows_per_batch,
+    scale,
+    stride_qb: tl.int64,
+    stride_qt,
+    stride_qh,
+    stride_ob: tl.int64,
+    stride_ot,
+    stride_oh,
+    stride_kp: tl.int64,
+    stride_kt,
+    stride_kg,
+    stride_vp: tl.int64,
+    stride_vt,
+    stride_vg,
+    stride_table,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    BY_HEAD: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    work = tl.program_id(0)
+    if BY_HEAD:
+        # After the dense items, one KV head's query blocks after another's: they share keys in the L2 cache.
+        num_dense = num_dense_items * NUM_HEADS
+        if work >= num_dense:
+            per_kv_head = (tl.num_programs(0) - num_dense) // (NUM_HEADS // GROUP)
+            within = (work - num_dense) % per_kv_head
+            work = (work - num_dense) // per_kv_head * GROUP + within % GROUP
+            work += num_dense + within // GROUP * NUM_HEADS
+    head = work % NUM_HEADS
+    kv_head = head // GROUP
+    item_ptr = items_ptr + (first_item + work // NUM_HEADS) * 3
+    request_ptr = requests_ptr + tl.load(item_ptr) * 8
+    query_block = tl.load(item_ptr + 1)
+    list_start = tl.load(item_ptr + 2).to(tl.int64) * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
+    list_ptr = lists_ptr + list_start
+    count = tl.load(counts_ptr + work)
+    batch = tl.load(request_ptr)
+    query_len = tl.load(request_ptr + 2)
+    context_len = tl.load(request_ptr + 3)
+    kv_start = tl.load(request_ptr + 4)
+    seq_len = context_len + query_len
+    if PAGE_SIZE > 0:
+        table_row_ptr = block_table_ptr + tl.load(request_ptr + 5).to(tl.int64) * stride_table
+        k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_kg
+        v_head_ptr = v_ptr + kv_head.to(tl.int64) * stride_vg
+    else:
+        table_row_ptr = block_table_ptr
+        k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_kg + batch.to(tl.int64) * stride_kp
+        v_head_ptr = v_ptr + kv_head.to(tl.int64) * stride_vg + batch.to(tl.int64) * stride_vp
+
+    offs_m = tl.arange(0, BLOCK)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_dim = tl.arange(0, HEAD_SIZE)
+    rows = query_block * BLOCK + offs_m - context_len
+    mask_rows = (rows >= 0) & (rows < query_len)
+    offs_rows = (tl.load(request_ptr + 1) + rows).to(tl.int64)
+    # [BLOCK, HEAD_SIZE]
+    q_ptrs = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q_ptrs = q_ptrs + offs_rows[:, None] * stride_qt + offs_dim[None, :]
+    q = tl.load(q_ptrs, mask=mask_rows[:, None], other=0.0)
+
+    row_max = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    acc = tl.zeros([BLOCK, HEAD_SIZE], dtype=tl.float32)
+
+    # Blocks before the query's own: every row sees them whole, and all their tokens exist.
+    TILES: tl.constexpr = BLOCK // BLOCK_N
+    for tile in tl.range(0, (count - 1) * TILES, num_stages=NUM_STAGES):
+        start = tl.load(list_ptr + tile // TILES) * BLOCK + (tile % TILES) * BLOCK_N
+        # k, v: [BLOCK_N, HEAD_SIZE]
+        if USE_TMA:
+            if PAGE_SIZE > 0:
+                row = tl.load(table_row_ptr + start // PAGE_SIZE) * PAGE_SIZE + start % PAGE_SIZE
+            else:
+                row = batch * rows_per_batch + kv_start + start
+            k = k_desc.load([row, kv_head * HEAD_SIZE])
+            s = tl.dot(q, tl.trans(k))
+            v = v_desc.load([row, kv_head * HEAD_SIZE])
+        else:
+            tokens = start + offs_n
+            offs_k = _token_offsets(tokens, None, table_row_ptr, kv_start, stride_kp, stride_kt, PAGE_SIZE)
+            k = tl.load(k_head_ptr + offs_k[:, None] + offs_dim[None, :])
+            s = tl.dot(q, tl.trans(k))
+            offs_v = _token_offsets(tokens, None, table_row_ptr, kv_start, stride_vp, stride_vt, PAGE_SIZE)
+            v = tl.load(v_head_ptr + offs_v[:, None] + offs_dim[None, :])
+        acc, row_max, row_sum = _softmax_step(s, v, acc, row_max, row_sum, scale)
+
+    # The query's own block, causal; its tokens may end within it.
+    for start in tl.range(query_block * BLOCK, tl.minimum((query_block + 1) * BLOCK, seq_len), BLOCK_N, num_stages=1):
+        tokens = start + offs_n
+        mask_tokens = tokens < seq_len
+        offs_k = _token_offsets(tokens, mask_tokens, table_row_ptr, kv_start, stride_kp, stride_kt, PAGE_SIZE)
+        k = tl.load(k_head_ptr + offs_k[:, None] + offs_dim[None, :], mask=mask_tokens[:, None], other=0.0)
+        s = tl.dot(q, tl.trans(k))
+        s = tl.where((query_block * BLOCK + offs_m)[:, None] >= tokens[None, :], s, float("-inf"))
+        offs_v = _token_offsets(tokens, mask_tokens, table_row_ptr, kv_start, stride_vp, stride_vt, PAGE_SIZE)
+        v = tl.load(v_head_ptr + offs_v[:, None] + offs_dim[None, :], mask=mask_tokens[:, None], other=0.0)
+        acc, row_max, row_sum = _softmax_step(s, v, acc, row_max, row_sum, scale)
+
+    out = acc / row_sum[:, None]
+    out_ptrs = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    out_ptrs = out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_rows[:, None])
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: Schedule,
+    slab: Slab,
+    *,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    softmax_scale: float,
+    out: torch.Tensor,
+    block_table: torch.Tensor | None = None,
+    launch: AttentionConfig | None = None,
+) -> None:
+    """Attention of a slab's query blocks over the blocks in their lists.
+
+    Args:
+        q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
+        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D].
+        lists, counts: from `block_select`.
+        block_table: [rows, max pages] int32.
+        launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
+    """
+    num_heads, head_size = q.shape[2:]
+    page_size = 0 if block_table is None else k.shape[1]
+    matrices = _is_matrix(k) and _is_matrix(v)
+    choices = (launch,) if launch else attention_configs(q.device, head_size)
+    if _sparse_attention_hopper_kernel is None:
+        choices = tuple(c for c in choices if not c.gluon)
+    launch = next((c for c in choices if c.tma and matrices and page_size % c.block_n == 0), choices[-1])
+    if launch.gluon:
+        _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch)
+        return
+    use_tma = launch.tma
+    _sparse_attention_kernel[(slab.num_items * num_heads,)](
+        q,
+        k,
+        v,
+        out,
+        _descriptor(k, launch.block_n) if use_tma else None,
+        _descriptor(v, launch.block_n) if use_tma else None,
+        block_table,
+        schedule.requests,
+        schedule.items,
+        lists,
+        counts,
+        slab.first_item,
+        slab.num_dense_items,
+        k.shape[1],
+        softmax_scale * LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        k.stride(0),
+        k.stride(1),
+        k.stride(2),
+        v.stride(0),
+        v.stride(1),
+        v.stride(2),
+        0 if block_table is None else block_table.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // k.shape[2],
+        HEAD_SIZE=head_size,
+        BLOCK=BLOCK_SIZE,
+        BLOCK_N=launch.block_n,
+        PAGE_SIZE=page_size,
+        USE_TMA=use_tma,
+        BY_HEAD=launch.by_head,
+        NUM_STAGES=launch.num_stages,
+        num_warps=launch.num_warps,
+    )
+
+
+def _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch) -> None:
+    num_heads, head_size = q.shape[2:]
+    layout = tile_layout(k.element_size())
+    k_desc, v_desc = (
+        GluonDescriptor(
+            x,
+            [x.shape[0] * x.shape[1], x.shape[2] * head_size],
+            [x.stride(1), 1],
+            [launch.block_n, head_size],
+            layout,
+        )
+        for x in (k, v)
+    )
+    _sparse_attention_hopper_kernel[(slab.num_items * num_heads,)](
+        q,
+        out,
+        k_desc,
+        v_desc,
+        block_table,
+        schedule.requests,
+        schedule.items,
+        lists,
+        counts,
+        slab.first_item,
+        slab.num_dense_items,
+        k.shape[1],
+        softmax_scale * LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        0 if block_table is None else block_table.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // k.shape[2],
+        HEAD_SIZE=head_size,
+        BLOCK=BLOCK_SIZE,
+        PAGE_SIZE=page_size,
+        num_warps=launch.num_warps,
+    )
+
+
+def _is_matrix(x: torch.Tensor) -> bool:
+    """Whether [a, b, G, D] is a matrix [a * b, G * D] that a tensor descriptor can describe."""
+    a, b, _num_heads, head_size = x.shape
+    return (
+        TensorDescriptor is not None
+        and x.stride(2) == head_size
+        and (a == 1 or x.stride(0) == b * x.stride(1))
+        and x.data_ptr() % 16 == 0
+        and x.stride(1) * x.element_size() % 16 == 0
+        and a * b < 2**31
+    )
+
+
+def _descriptor(x: torch.Tensor, block_n: int):
+    a, b, num_heads, head_size = x.shape
+    return TensorDescriptor(x, [a * b, num_heads * head_size], [x.stride(1), 1], [block_n, head_size])
