@@ -1,4 +1,4 @@
-"""The CUDA impl, as far as it goes without kernels: choosing it is an error, not a silent dense run."""
+"""The CUDA impl, not yet connected to the kernels: choosing it is an error, not a silent dense run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class CUDAFlashPrefillImplMixin(FlashPrefillImplMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            "FlashPrefill has no CUDA kernels in this release; it runs on vLLM's CPU engine. "
+            "FlashPrefill is not connected to vLLM's CUDA engine in this release; it runs on the CPU engine. "
             "Unset FLASHPREFILL to serve this model dense"
         )
