@@ -222,7 +222,7 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, names: tu
         raise ValueError(f"q: head dim must be one of {HEAD_SIZES}, not {q.shape[-1]}")
     if q.stride(-1) != 1:
         raise ValueError("q: its last dimension must be contiguous")
-    for name, x in zip(names, (k, v), strict=False):
+    for name, x in zip(names, (k, v), strict=True):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: dtype is {x.dtype}, q's is {q.dtype}")
         if x.device != q.device:

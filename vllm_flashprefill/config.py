@@ -23,7 +23,7 @@ BLOCK_SIZE = 128
 
 # alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen2/2.5-7B, Qwen3-30B-A3B,
 # Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199). All of them have heads of 128; a relative with another
-# head size scores blocks differently and gets the default.
+# head size has no published value and gets the default.
 PRESET_HEAD_SIZE = 128
 PRESETS: dict[str, dict[str, float]] = {
     "llama": {"alpha": 0.18},
