@@ -52,8 +52,8 @@ ATTENTION = {
 }
 # Where Triton has Gluon for Hopper, and strides and page size allow descriptors of whole blocks.
 ATTENTION_GLUON = {
-    ("hopper", 64): AttentionConfig(128, 8, 2, tma=True, by_head=True, gluon=True),
-    ("hopper", 128): AttentionConfig(128, 8, 2, tma=True, by_head=True, gluon=True),
+    ("hopper", 64): AttentionConfig(128, 4, 2, tma=True, by_head=True, gluon=True),
+    ("hopper", 128): AttentionConfig(128, 4, 2, tma=True, by_head=True, gluon=True),
 }
 # Where strides and page size allow tensor descriptors.
 ATTENTION_TMA = {

@@ -68,6 +68,7 @@ class Schedule:
     Attributes:
         requests: [requests, 8] int32 on the device.
         items: [items, 3] int32 on the device.
+        next_pair: [1] int32 on the device, a counter that is 0 between kernels.
         num_mean_rows: key blocks of all sequences.
         max_key_blocks: key blocks of the longest sequence.
         slabs: the items' slabs, in order.
@@ -75,6 +76,7 @@ class Schedule:
 
     requests: torch.Tensor
     items: torch.Tensor
+    next_pair: torch.Tensor
     num_mean_rows: int
     max_key_blocks: int
     slabs: tuple[Slab, ...]
@@ -126,10 +128,11 @@ def schedule_sequences(
         slabs.append(Slab(first, last - first, int(is_dense[first:last].sum()), int(ends[last - 1]) - used))
         first, used = last, int(ends[last - 1])
 
-    uploaded = _upload(np.concatenate([requests.ravel(), items.ravel()]), device)
+    uploaded = _upload(np.concatenate([requests.ravel(), items.ravel(), np.zeros(1, dtype=np.int32)]), device)
     return Schedule(
         requests=uploaded[: requests.size].view(requests.shape),
-        items=uploaded[requests.size :].view(items.shape),
+        items=uploaded[requests.size : -1].view(items.shape),
+        next_pair=uploaded[-1:],
         num_mean_rows=int(key_blocks.sum()),
         max_key_blocks=int(key_blocks.max()),
         slabs=tuple(slabs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
-from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
+from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs, num_multiprocessors
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 
 try:
@@ -142,7 +143,7 @@ def _sparse_attention_kernel(
         # k, v: [BLOCK_N, HEAD_SIZE]
         if USE_TMA:
             if PAGE_SIZE > 0:
-                row = tl.load(table_row_ptr + start // PAGE_SIZE) * PAGE_SIZE + start % PAGE_SIZE
+                row = tl.load(table_row_ptr + start // PAGE_SIZE) * rows_per_batch + start % PAGE_SIZE
             else:
                 row = batch * rows_per_batch + kv_start + start
             k = k_desc.load([row, kv_head * HEAD_SIZE])
@@ -200,22 +201,23 @@ def sparse_attention(
     """
     num_heads, head_size = q.shape[2:]
     page_size = 0 if block_table is None else k.shape[1]
-    matrices = _is_matrix(k) and _is_matrix(v)
+    matrix = _as_matrix(k) if k.stride() == v.stride() and _as_matrix(v) else None
     choices = (launch,) if launch else attention_configs(q.device, head_size)
-    if _sparse_attention_hopper_kernel is None:
-        choices = tuple(c for c in choices if not c.gluon)
-    launch = next((c for c in choices if c.tma and matrices and page_size % c.block_n == 0), choices[-1])
+    launch = next((c for c in choices if _fits(c, q, matrix, page_size)), choices[-1])
     if launch.gluon:
-        _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch)
+        _launch_hopper(
+            q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, matrix
+        )
         return
     use_tma = launch.tma
+    tile = [launch.block_n, head_size]
     _sparse_attention_kernel[(slab.num_items * num_heads,)](
         q,
         k,
         v,
         out,
-        _descriptor(k, launch.block_n) if use_tma else None,
-        _descriptor(v, launch.block_n) if use_tma else None,
+        TensorDescriptor(k, matrix.shape, matrix.strides, tile) if use_tma else None,
+        TensorDescriptor(v, matrix.shape, matrix.strides, tile) if use_tma else None,
         block_table,
         schedule.requests,
         schedule.items,
@@ -223,7 +225,7 @@ def sparse_attention(
         counts,
         slab.first_item,
         slab.num_dense_items,
-        k.shape[1],
+        matrix.rows_per_batch if use_tma else 0,
         softmax_scale * LOG2_E,
         q.stride(0),
         q.stride(1),
@@ -251,36 +253,33 @@ def sparse_attention(
     )
 
 
-def _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch) -> None:
+def _launch_hopper(
+    q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, matrix
+) -> None:
     num_heads, head_size = q.shape[2:]
+    q_matrix = _as_matrix(q)
+    num_pairs = slab.num_items * num_heads
     layout = tile_layout(k.element_size())
-    k_desc, v_desc = (
-        GluonDescriptor(
-            x,
-            [x.shape[0] * x.shape[1], x.shape[2] * head_size],
-            [x.stride(1), 1],
-            [launch.block_n, head_size],
-            layout,
-        )
-        for x in (k, v)
-    )
-    _sparse_attention_hopper_kernel[(slab.num_items * num_heads,)](
-        q,
+    _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
         out,
-        k_desc,
-        v_desc,
+        # A warpgroup's half of a query block.
+        GluonDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
+        GluonDescriptor(k, matrix.shape, matrix.strides, [BLOCK_SIZE, head_size], layout),
+        GluonDescriptor(v, matrix.shape, matrix.strides, [BLOCK_SIZE, head_size], layout),
         block_table,
         schedule.requests,
         schedule.items,
         lists,
         counts,
+        schedule.next_pair,
         slab.first_item,
         slab.num_dense_items,
-        k.shape[1],
+        num_pairs,
+        q_matrix.rows_per_batch,
+        q_matrix.rows_per_head,
+        matrix.rows_per_batch,
+        matrix.rows_per_head,
         softmax_scale * LOG2_E,
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
         out.stride(0),
         out.stride(1),
         out.stride(2),
@@ -290,23 +289,55 @@ def _launch_hopper(q, k, v, schedule, slab, lists, counts, softmax_scale, out, b
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
         PAGE_SIZE=page_size,
+        Q_COLUMNS=q_matrix.columns_per_head,
+        KV_COLUMNS=matrix.columns_per_head,
         num_warps=launch.num_warps,
     )
 
 
-def _is_matrix(x: torch.Tensor) -> bool:
-    """Whether [a, b, G, D] is a matrix [a * b, G * D] that a tensor descriptor can describe."""
-    a, b, _num_heads, head_size = x.shape
-    return (
-        TensorDescriptor is not None
-        and x.stride(2) == head_size
-        and (a == 1 or x.stride(0) == b * x.stride(1))
-        and x.data_ptr() % 16 == 0
-        and x.stride(1) * x.element_size() % 16 == 0
-        and a * b < 2**31
-    )
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """[a, b, heads, D] as a matrix that a tensor descriptor can describe.
+
+    Element [i, j, h, d] lies in row i * rows_per_batch + h * rows_per_head + j, column h * columns_per_head + d.
+    """
+
+    shape: list[int]
+    strides: list[int]
+    rows_per_batch: int
+    rows_per_head: int
+    columns_per_head: int
 
 
-def _descriptor(x: torch.Tensor, block_n: int):
+def _as_matrix(x: torch.Tensor) -> _Matrix | None:
+    """x as a matrix, heads beside each other in a row or one below the other; None where its strides allow neither."""
     a, b, num_heads, head_size = x.shape
-    return TensorDescriptor(x, [a * b, num_heads * head_size], [x.stride(1), 1], [block_n, head_size])
+    batch_stride, row_stride, head_stride, _ = x.stride()
+    if TensorDescriptor is None or x.data_ptr() % 16 or row_stride * x.element_size() % 16 or row_stride < head_size:
+        return None
+    batch_stride = batch_stride if a > 1 else b * row_stride
+    if batch_stride % row_stride:
+        return None
+    rows_per_batch = batch_stride // row_stride
+    if num_heads == 1 or head_stride == head_size:
+        rows_per_head, columns_per_head = 0, head_size
+    elif head_stride % row_stride == 0:
+        rows_per_head, columns_per_head = head_stride // row_stride, 0
+    else:
+        return None
+    rows = (a - 1) * rows_per_batch + (num_heads - 1) * rows_per_head + b
+    columns = (num_heads - 1) * columns_per_head + head_size
+    if rows >= 2**31 or columns > row_stride:
+        return None
+    return _Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)
+
+
+def _fits(launch: AttentionConfig, q: torch.Tensor, matrix: _Matrix | None, page_size: int) -> bool:
+    """Whether a configuration can take these strides and pages."""
+    if not launch.tma:
+        return True
+    if matrix is None or page_size % launch.block_n:
+        return False
+    if launch.gluon:
+        return _sparse_attention_hopper_kernel is not None and _as_matrix(q) is not None
+    return matrix.rows_per_head == 0
