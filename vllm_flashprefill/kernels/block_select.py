@@ -14,20 +14,10 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
-from vllm_flashprefill.kernels.configs import SelectConfig, num_multiprocessors, select_configs
-from vllm_flashprefill.kernels.matrix import as_matrix
+from vllm_flashprefill.kernels.configs import SelectConfig, num_multiprocessors, select_config
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 
-try:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-    from vllm_flashprefill.kernels.block_select_hopper import _block_select_hopper_kernel
-    from vllm_flashprefill.kernels.sparse_attention_hopper import tile_layout
-except ImportError:  # Triton before 3.5
-    _block_select_hopper_kernel = None
-
 LOG2_E = math.log2(math.e)
-BLOCK_LIST = 512
 
 
 @triton.jit
@@ -155,54 +145,13 @@ def block_select(
             slot_n * H + h * (i + 1) up to + i, i its query block and slot_n the item's third column; its kept
             blocks come first in ascending order, the last being i.
         counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
-        scores: [rows, >= schedule.max_key_blocks] float32 scratch; its first dimension bounds the number of
-            programs. With one row a pair, it holds each pair's log2 E afterwards (for tests).
+        scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
+            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests).
         launch: tile sizes, to replace the committed table's.
     """
     num_heads, head_size = q.shape[2:]
-    choices = (launch,) if launch else select_configs(q.device, head_size)
-    q_matrix = as_matrix(q) if _block_select_hopper_kernel else None
-    launch = next((c for c in choices if not c.gluon or q_matrix), choices[-1])
+    launch = launch or select_config(q.device, head_size)
     num_work = slab.num_items * num_heads
-    log2_alpha = math.log2(config.alpha) if config.alpha > 0 else -math.inf
-    if launch.gluon:
-        one_each = len(scores) >= num_work
-        programs = min(num_work, num_multiprocessors(q.device), num_work if one_each else len(scores) // 2)
-        tile = [BLOCK_SIZE // 2, head_size]
-        _block_select_hopper_kernel[(programs,)](
-            GluonDescriptor(q, q_matrix.shape, q_matrix.strides, tile, tile_layout(q.element_size())),
-            GluonDescriptor(
-                mean.flatten(0, 1),
-                [mean.shape[0] * mean.shape[1], head_size],
-                [head_size, 1],
-                tile,
-                tile_layout(mean.element_size()),
-            ),
-            schedule.requests,
-            schedule.items,
-            lists,
-            counts,
-            scores,
-            num_work,
-            slab.first_item,
-            softmax_scale * LOG2_E,
-            log2_alpha,
-            mean.shape[1],
-            q_matrix.rows_per_batch,
-            q_matrix.rows_per_head,
-            num_work if one_each else 2 * programs,
-            scores.stride(0),
-            NUM_HEADS=num_heads,
-            GROUP=num_heads // len(mean),
-            HEAD_SIZE=head_size,
-            BLOCK=BLOCK_SIZE,
-            BLOCK_LIST=BLOCK_LIST,
-            NUM_SINK_BLOCKS=config.num_sink_blocks,
-            NUM_WINDOW_BLOCKS=config.num_window_blocks,
-            Q_COLUMNS=q_matrix.columns_per_head,
-            num_warps=launch.num_warps,
-        )
-        return
     _block_select_kernel[(min(len(scores), num_work),)](
         q,
         mean,
@@ -214,7 +163,7 @@ def block_select(
         num_work,
         slab.first_item,
         softmax_scale * LOG2_E,
-        log2_alpha,
+        math.log2(config.alpha) if config.alpha > 0 else -math.inf,
         q.stride(0),
         q.stride(1),
         q.stride(2),
@@ -225,7 +174,7 @@ def block_select(
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
         BLOCK_N=launch.block_n,
-        BLOCK_LIST=BLOCK_LIST,
+        BLOCK_LIST=512,
         NUM_SINK_BLOCKS=config.num_sink_blocks,
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         NUM_STAGES=launch.num_stages,
@@ -234,6 +183,7 @@ def block_select(
 
 
 def score_scratch(q: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """Scratch for `block_select`: rows of scores for the programs that the GPU holds at once."""
-    rows_per_sm = max(launch.programs_per_sm for launch in select_configs(q.device, q.shape[-1]))
-    return q.new_empty((rows_per_sm * num_multiprocessors(q.device), schedule.max_key_blocks), dtype=torch.float32)
+    """Scratch for `block_select`: one row of scores for each program that the GPU holds at once."""
+    launch = select_config(q.device, q.shape[-1])
+    num_programs = launch.programs_per_sm * num_multiprocessors(q.device)
+    return q.new_empty((num_programs, schedule.max_key_blocks), dtype=torch.float32)

@@ -29,19 +29,12 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """Launch of stages 2 and 3.
-
-    Attributes:
-        block_n: mean keys per tile.
-        programs_per_sm: rows of score scratch for each multiprocessor; each program uses one, the Hopper kernel two.
-        gluon: the Hopper kernel (block_select_hopper.py).
-    """
+    """Launch of stages 2 and 3. `block_n`: mean keys per tile."""
 
     block_n: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
-    gluon: bool = False
 
 
 # (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
@@ -70,10 +63,6 @@ ATTENTION_TMA = {
     ("blackwell", 64): AttentionConfig(128, 8, 3, tma=True, by_head=True),
     ("blackwell", 128): AttentionConfig(128, 8, 2, tma=True, by_head=True),
     ("blackwell", 256): AttentionConfig(64, 8, 2, tma=True, by_head=True),
-}
-SELECT_GLUON = {
-    ("hopper", 64): SelectConfig(128, 4, 3, 2, gluon=True),
-    ("hopper", 128): SelectConfig(128, 4, 3, 2, gluon=True),
 }
 SELECT = {
     ("ampere", 64): SelectConfig(64, 4, 3, 2),
@@ -108,7 +97,5 @@ def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionCo
     return tuple(table[key] for table in (ATTENTION_GLUON, ATTENTION_TMA, ATTENTION) if key in table)
 
 
-def select_configs(device: torch.device, head_size: int) -> tuple[SelectConfig, ...]:
-    """What to launch stages 2 and 3 with, best first; the last one takes any strides."""
-    key = generation(device), head_size
-    return tuple(table[key] for table in (SELECT_GLUON, SELECT) if key in table)
+def select_config(device: torch.device, head_size: int) -> SelectConfig:
+    return SELECT[generation(device), head_size]

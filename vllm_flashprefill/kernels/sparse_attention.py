@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -10,8 +11,12 @@ import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs, num_multiprocessors
-from vllm_flashprefill.kernels.matrix import Matrix, TensorDescriptor, as_matrix
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.3
+    TensorDescriptor = None
 
 try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -196,7 +201,7 @@ def sparse_attention(
     """
     num_heads, head_size = q.shape[2:]
     page_size = 0 if block_table is None else k.shape[1]
-    matrix = as_matrix(k) if k.stride() == v.stride() and as_matrix(v) else None
+    matrix = _as_matrix(k) if k.stride() == v.stride() and _as_matrix(v) else None
     choices = (launch,) if launch else attention_configs(q.device, head_size)
     launch = next((c for c in choices if _fits(c, q, matrix, page_size)), choices[-1])
     if launch.gluon:
@@ -252,7 +257,7 @@ def _launch_hopper(
     q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, matrix
 ) -> None:
     num_heads, head_size = q.shape[2:]
-    q_matrix = as_matrix(q)
+    q_matrix = _as_matrix(q)
     num_pairs = slab.num_items * num_heads
     layout = tile_layout(k.element_size())
     _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
@@ -290,12 +295,49 @@ def _launch_hopper(
     )
 
 
-def _fits(launch: AttentionConfig, q: torch.Tensor, matrix: Matrix | None, page_size: int) -> bool:
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """[a, b, heads, D] as a matrix that a tensor descriptor can describe.
+
+    Element [i, j, h, d] lies in row i * rows_per_batch + h * rows_per_head + j, column h * columns_per_head + d.
+    """
+
+    shape: list[int]
+    strides: list[int]
+    rows_per_batch: int
+    rows_per_head: int
+    columns_per_head: int
+
+
+def _as_matrix(x: torch.Tensor) -> _Matrix | None:
+    """x as a matrix, heads beside each other in a row or one below the other; None where its strides allow neither."""
+    a, b, num_heads, head_size = x.shape
+    batch_stride, row_stride, head_stride, _ = x.stride()
+    if TensorDescriptor is None or x.data_ptr() % 16 or row_stride * x.element_size() % 16 or row_stride < head_size:
+        return None
+    batch_stride = batch_stride if a > 1 else b * row_stride
+    if batch_stride % row_stride:
+        return None
+    rows_per_batch = batch_stride // row_stride
+    if num_heads == 1 or head_stride == head_size:
+        rows_per_head, columns_per_head = 0, head_size
+    elif head_stride % row_stride == 0:
+        rows_per_head, columns_per_head = head_stride // row_stride, 0
+    else:
+        return None
+    rows = (a - 1) * rows_per_batch + (num_heads - 1) * rows_per_head + b
+    columns = (num_heads - 1) * columns_per_head + head_size
+    if rows >= 2**31 or columns > row_stride:
+        return None
+    return _Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)
+
+
+def _fits(launch: AttentionConfig, q: torch.Tensor, matrix: _Matrix | None, page_size: int) -> bool:
     """Whether a configuration can take these strides and pages."""
     if not launch.tma:
         return True
     if matrix is None or page_size % launch.block_n:
         return False
     if launch.gluon:
-        return _sparse_attention_hopper_kernel is not None and as_matrix(q) is not None
+        return _sparse_attention_hopper_kernel is not None and _as_matrix(q) is not None
     return matrix.rows_per_head == 0
