@@ -179,6 +179,7 @@ def block_select(
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
+        maxnreg=launch.max_registers,
     )
 
 

@@ -29,12 +29,18 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """Launch of stages 2 and 3. `block_n`: mean keys per tile."""
+    """Launch of stages 2 and 3.
+
+    Attributes:
+        block_n: mean keys per tile.
+        max_registers: of a thread, so that programs_per_sm programs fit; None for no limit.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    max_registers: int | None = None
 
 
 # (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
@@ -68,9 +74,9 @@ SELECT = {
     ("ampere", 64): SelectConfig(64, 4, 3, 2),
     ("ampere", 128): SelectConfig(64, 4, 2, 2),
     ("ampere", 256): SelectConfig(32, 8, 2, 1),
-    ("hopper", 64): SelectConfig(128, 4, 3, 2),
-    ("hopper", 128): SelectConfig(64, 4, 3, 2),
-    ("hopper", 256): SelectConfig(64, 8, 2, 1),
+    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128),
+    ("hopper", 128): SelectConfig(64, 4, 1, 4, max_registers=128),
+    ("hopper", 256): SelectConfig(64, 4, 1, 2),
     ("blackwell", 64): SelectConfig(128, 4, 3, 2),
     ("blackwell", 128): SelectConfig(64, 4, 3, 2),
     ("blackwell", 256): SelectConfig(64, 8, 2, 1),
