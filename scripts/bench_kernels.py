@@ -1,4 +1,7 @@
-"""Time the kernels beside dense attention at published densities; append a row a length to a CSV.
+"""Time the kernels beside dense attention at published densities; append a row a case to a CSV.
+
+    python scripts/bench_kernels.py                  the table: 4K to 256K tokens, 32/8 heads of 128
+    python scripts/bench_kernels.py --cases shapes   other heads and head sizes, ragged batches, chunks, pages
 
 Each row is checked first, on the inputs it is timed on: query blocks of every kind against float64 over the blocks
 the kernel kept, and the kept blocks against the reference's scores. A row whose check fails has no speedup.
@@ -8,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import functools
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -33,17 +38,54 @@ DENSITY = {4096: 0.70, 8192: 0.46, 16384: 0.30, 32768: 0.16, 65536: 0.094, 13107
 TIE = 0.01
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of one row.
+
+    Attributes:
+        lengths: tokens of each packed prompt.
+        query_len: only this many last tokens of the one prompt are queries, the rest being their prefix; 0: all.
+        density: share of causal blocks to prune to.
+        page_size: keys and values in shuffled pages of this many tokens; 0: plain.
+        dense: time dense attention too.
+    """
+
+    lengths: tuple[int, ...]
+    density: float
+    query_len: int = 0
+    heads: int = 32
+    kv_heads: int = 8
+    head_size: int = 128
+    page_size: int = 0
+    dense: bool = True
+
+
+TABLE = [Case((tokens,), density) for tokens, density in DENSITY.items()]
+RAGGED = (1000, 30_000, 4097, 8192, 20_000, 513, 12_345, 16_384)
+SHAPES = [
+    Case((32768,), DENSITY[32768], heads=28, kv_heads=4),
+    Case((32768,), DENSITY[32768], heads=32, kv_heads=4),
+    Case((32768,), DENSITY[32768], head_size=64),
+    Case((32768,), DENSITY[32768], head_size=256),
+    Case(RAGGED, DENSITY[32768]),
+    Case((131072,), DENSITY[131072], query_len=8192, dense=False),
+    Case((131072,), DENSITY[131072], query_len=8192, page_size=128, dense=False),
+    Case((131072,), DENSITY[131072], page_size=128, dense=False),
+    Case((131072,), DENSITY[131072], page_size=16, dense=False),
+]
+
+
 class Stages:
     """The stages on fixed inputs, each callable alone."""
 
-    def __init__(self, q, k, v, page_size: int = 0, query_len: int | None = None):
-        seq_len = k.shape[1]
+    def __init__(self, q, k, v, page_size: int = 0, query_len: int = 0, lengths: tuple[int, ...] = ()):
+        total = k.shape[1]
         self.plain = (k, v)
         self.q, self.k, self.v, self.table = q, k, v, None
         if query_len:
             self.q = q[:, -query_len:]
         if page_size:
-            pages = -(-seq_len // page_size)
+            pages = -(-total // page_size)
             order = torch.randperm(pages, device="cuda", dtype=torch.int32)
             self.table = order[None].contiguous()
             cache = torch.empty(2, pages, page_size, *k.shape[2:], device="cuda", dtype=k.dtype)
@@ -51,8 +93,11 @@ class Stages:
                 cache[n][order.long()] = x[0].view(pages, page_size, *k.shape[2:])
             self.k, self.v = cache[0], cache[1]
         tokens = self.q.shape[1]
-        self.context_len = seq_len - tokens
-        self.sequence = Sequence(tokens, self.context_len, seq_len)
+        starts = itertools.accumulate(lengths, initial=0)
+        self.sequences = tuple(
+            Sequence(length, 0, length, query_start=start, kv_start=start)
+            for length, start in zip(lengths, starts, strict=False)
+        ) or (Sequence(tokens, total - tokens, total),)
         self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
         self.config = FlashPrefillConfig()
         self.schedule = self.make_schedule()
@@ -63,7 +108,7 @@ class Stages:
 
     def make_schedule(self):
         return cached_schedule(
-            (self.sequence,),
+            self.sequences,
             num_heads=self.heads,
             num_dense_tail_blocks=self.config.num_dense_tail_blocks,
             device=self.q.device,
@@ -111,42 +156,45 @@ class Stages:
         self.out.fill_(torch.nan)
         self.all()
         assert not self.out.isnan().any()
-        k, v = self.plain
-        seq_len, group = k.shape[1], self.heads // k.shape[2]
+        group = self.heads // self.plain[0].shape[2]
         ratio, ties, seen = 0.0, 0, 0
         generator = torch.Generator().manual_seed(1)
-        mean = k[0, : seq_len // 128 * 128].float().unflatten(0, (-1, 128)).mean(1)
         for slab in self.schedule.slabs:
             self.select(slab=slab)
             counts = self.counts[: slab.num_items * self.heads].view(-1, self.heads).cpu()
             for n in [0, *torch.randint(slab.num_items, (6,), generator=generator).tolist()]:
-                _, block, slot = self.schedule.items[slab.first_item + n].tolist()
+                row, block, slot = self.schedule.items[slab.first_item + n].tolist()
+                sequence = self.sequences[row]
+                seq_len, context_len = sequence.context_len + sequence.query_len, sequence.context_len
+                k, v = (x[0, sequence.kv_start :][:seq_len] for x in self.plain)
+                first = max(block * 128, context_len)
+                last = min(block * 128 + 128, seq_len)
+                at = sequence.query_start - context_len
+                rows = slice(at + first, at + last)
                 for h in torch.randint(self.heads, (3,), generator=generator).tolist():
                     start = slot * self.heads + h * (block + 1)
                     kept = self.lists[start : start + counts[n, h]].long()
                     tokens = (kept[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
                     tokens = tokens[tokens < seq_len]
-                    first = max(block * 128, self.context_len)
-                    last = min(block * 128 + 128, seq_len)
-                    rows = slice(first - self.context_len, last - self.context_len)
                     q = self.q[0, rows, h]
                     causal = tokens[None] <= torch.arange(first, last, device="cuda")[:, None]
                     results = []
                     for dtype in (torch.float64, q.dtype):
-                        logits = q.double() @ k[0, tokens, h // group].double().T
+                        logits = q.double() @ k[tokens, h // group].double().T
                         p = (logits * self.scale).masked_fill(~causal, -torch.inf).softmax(-1).to(dtype)
-                        results.append(p @ v[0, tokens, h // group].to(dtype))
+                        results.append(p @ v[tokens, h // group].to(dtype))
                     error = (self.out[0, rows, h].double() - results[0]).norm()
                     ratio = max(ratio, (error / (results[1].double() - results[0]).norm()).item())
                     # The kept blocks, against the reference's score of all but the query's own block.
                     tail = -(-seq_len // 128) - self.config.num_dense_tail_blocks
                     if block < 1 or block >= tail or last - first < 128:
                         continue
-                    s = self.scale * q.float() @ mean[:block, h // group].T
-                    own = self.scale * q[-1].float() @ mean[block, h // group] if block < len(mean) else -torch.inf
-                    largest = torch.maximum(s.max(), torch.as_tensor(own, device="cuda"))
+                    mean = k[: (block + 1) * 128, h // group].float().unflatten(0, (-1, 128)).mean(1)
+                    s = self.scale * q.float() @ mean[:block].T
+                    own = self.scale * q[-1].float() @ mean[block]
+                    largest = torch.maximum(s.max(), own)
                     score = torch.exp(s - largest).sum(0)
-                    most = torch.maximum(score.max(), torch.exp(torch.as_tensor(own, device="cuda") - largest))
+                    most = torch.maximum(score.max(), torch.exp(own - largest))
                     j = torch.arange(block, device="cuda")
                     always = (j < self.config.num_sink_blocks) | (block - j < self.config.num_window_blocks)
                     expected = (score >= self.config.alpha * most) | always
@@ -176,12 +224,17 @@ def median_ms(call, rep: int = 200) -> float:
     return do_bench(call, warmup=rep // 5, rep=rep, return_mode="median")
 
 
-def dense_ms(q, k, v, backend: SDPBackend, rep: int) -> float | None:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+def dense_ms(stages: Stages, backend: SDPBackend, rep: int) -> float | None:
+    """PyTorch's dense attention of the same prompts, one after another; None where the backend refuses."""
+    prompts = [
+        [x[:, sequence.kv_start :][:, : sequence.query_len].transpose(1, 2) for x in (stages.q, *stages.plain)]
+        for sequence in stages.sequences
+    ]
 
     def call():
         with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            for q, k, v in prompts:
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     try:
         return median_ms(call, rep)
@@ -190,15 +243,60 @@ def dense_ms(q, k, v, backend: SDPBackend, rep: int) -> float | None:
         return None
 
 
+def measure(case: Case, commit: str) -> dict:
+    """Check one case, time it, and return its row."""
+    total = sum(case.lengths)
+    q, k, v = structured_qkv(total, heads=case.heads, kv_heads=case.kv_heads, dim=case.head_size)
+    lengths = case.lengths if len(case.lengths) > 1 else ()
+    stages = Stages(q, k, v, page_size=case.page_size, query_len=case.query_len, lengths=lengths)
+    alpha_for_density(stages, case.density)
+    density = stages.density()
+    error, ties, seen = stages.check()
+    sparse = median_ms(stages.all)
+    pool = median_ms(stages.pool, 50)
+    select = attend = 0.0
+    for slab in stages.schedule.slabs:
+        select += median_ms(functools.partial(stages.select, slab=slab), 50)
+        attend += median_ms(functools.partial(stages.attend, slab=slab), 100)
+    rep = 1 if total > 200_000 else 200
+    fa2 = dense_ms(stages, SDPBackend.FLASH_ATTENTION, rep) if case.dense else None
+    cudnn = dense_ms(stages, SDPBackend.CUDNN_ATTENTION, rep) if case.dense else None
+    return dict(
+        date=datetime.date.today().isoformat(),
+        gpu=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        commit=commit,
+        tokens=total,
+        prompts=len(case.lengths),
+        queries=case.query_len or total,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_size=case.head_size,
+        dtype="bf16",
+        page_size=case.page_size,
+        alpha=round(stages.config.alpha, 5),
+        density=round(density, 5),
+        check="passed",
+        error_over_plain=round(error, 3),
+        ties=f"{ties}/{seen}",
+        sparse_ms=round(sparse, 4),
+        pool_ms=round(pool, 4),
+        select_ms=round(select, 4),
+        attend_ms=round(attend, 4),
+        attend_tflops=round(stages.kept_blocks() * 4 * 128 * 128 * case.head_size / attend / 1e9, 1),
+        fa2_ms=fa2 and round(fa2, 4),
+        cudnn_ms=cudnn and round(cudnn, 4),
+        times_fa2=fa2 and round(fa2 / sparse, 2),
+        times_cudnn=cudnn and round(cudnn / sparse, 2),
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(DENSITY))
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=0, help="keys and values in shuffled pages; 0: plain")
-    parser.add_argument("--no-dense", action="store_true")
-    parser.add_argument("--commit", default=None)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=["table", "shapes"], default=["table"])
+    parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these total tokens")
+    parser.add_argument("--commit", help="commit to name in the rows (default: $COMMIT, else git's)")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/kernels.csv")
     args = parser.parse_args()
     commit = (
@@ -206,49 +304,10 @@ def main() -> None:
         or os.environ.get("COMMIT")
         or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     )
-    for tokens in args.tokens:
-        q, k, v = structured_qkv(tokens, heads=args.heads, kv_heads=args.kv_heads, dim=args.head_size)
-        stages = Stages(q, k, v, page_size=args.page_size)
-        alpha_for_density(stages, DENSITY[tokens])
-        density = stages.density()
-        error, ties, seen = stages.check()
-        sparse = median_ms(stages.all)
-        pool = median_ms(stages.pool, 50)
-        select = sum(median_ms(functools.partial(stages.select, slab=slab), 50) for slab in stages.schedule.slabs)
-        attend = 0.0
-        for slab in stages.schedule.slabs:
-            stages.select(slab=slab)
-            attend += median_ms(functools.partial(stages.attend, slab=slab), 100)
-        rep = 1 if tokens > 200_000 else 200
-        fa2 = None if args.no_dense else dense_ms(q, k, v, SDPBackend.FLASH_ATTENTION, rep)
-        cudnn = None if args.no_dense else dense_ms(q, k, v, SDPBackend.CUDNN_ATTENTION, rep)
-        row = dict(
-            date=datetime.date.today().isoformat(),
-            gpu=torch.cuda.get_device_name(),
-            torch=torch.__version__,
-            triton=triton.__version__,
-            commit=commit,
-            tokens=tokens,
-            heads=args.heads,
-            kv_heads=args.kv_heads,
-            head_size=args.head_size,
-            dtype="bf16",
-            page_size=args.page_size,
-            alpha=round(stages.config.alpha, 5),
-            density=round(density, 5),
-            check="passed",
-            error_over_plain=round(error, 3),
-            ties=f"{ties}/{seen}",
-            sparse_ms=round(sparse, 4),
-            pool_ms=round(pool, 4),
-            select_ms=round(select, 4),
-            attend_ms=round(attend, 4),
-            attend_tflops=round(stages.kept_blocks() * 4 * 128 * 128 * args.head_size / attend / 1e9, 1),
-            fa2_ms=fa2 and round(fa2, 4),
-            cudnn_ms=cudnn and round(cudnn, 4),
-            times_fa2=fa2 and round(fa2 / sparse, 2),
-            times_cudnn=cudnn and round(cudnn / sparse, 2),
-        )
+    for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:
+        if args.tokens and sum(case.lengths) not in args.tokens:
+            continue
+        row = measure(case, commit)
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         new = not args.csv.exists()
         with args.csv.open("a", newline="") as file:
@@ -257,7 +316,6 @@ def main() -> None:
                 writer.writeheader()
             writer.writerow(row)
         print({key: row[key] for key in list(row)[5:]}, flush=True)
-        del q, k, v, stages
         torch.cuda.empty_cache()
 
 
