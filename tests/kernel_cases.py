@@ -11,6 +11,7 @@ from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select
 from vllm_flashprefill.kernels.schedule import Schedule, Sequence, schedule_sequences
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
@@ -282,19 +283,37 @@ def exact_and_plain(q, k, v, mask, context_len, scale):
 
 
 def check_all(batch, config, scale):
-    """Every stage, then all of them through the pipeline."""
+    """Every stage, then all of them through the pipeline, on NaN-filled scratch, with its counts."""
     check_means(batch)
     check_select(batch, config, scale)
     check_attention(batch, config, scale)
     masks, _ = run_select(batch, config, scale)
     out = torch.full_like(batch.q, torch.nan)
-    pipeline.run_stages(
-        batch.q, batch.k, batch.v, batch.schedule,
-        config=config, softmax_scale=scale, out=out, block_table=batch.block_table,
-    )  # fmt: skip
+    counts = torch.zeros(2, dtype=torch.int64, device=out.device)
+    workspace = nan_workspace(out.device)
+    for _ in range(2):
+        pipeline.run_stages(
+            batch.q, batch.k, batch.v, batch.schedule,
+            config=config, softmax_scale=scale, out=out, block_table=batch.block_table,
+            block_counts=counts, workspace=workspace,
+        )  # fmt: skip
+    visible = sum(
+        batch.q.shape[2] * (block + 1)
+        for r in batch.requests
+        for block in range(r.context_len // 128, -(-r.seq_len // 128))
+    )
+    assert counts.tolist() == [2 * sum(int(mask.sum()) for mask in masks), 2 * visible]
     for request, part, mask, got in zip(batch.requests, batch.parts, masks, split(out, batch), strict=True):
         assert_close_attention(got, part, mask, request, scale)
     return out
+
+
+def nan_workspace(device, num_bytes=32 << 20):
+    """A workspace in which every float is NaN and every integer -1."""
+    workspace = Workspace(torch.device(device))
+    workspace.reserve(num_bytes)
+    workspace.empty((num_bytes,), torch.uint8).fill_(255)
+    return workspace
 
 
 def sparse_config(**options):

@@ -13,11 +13,13 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.plan import StepPlan
 from vllm_flashprefill.reference import flash_prefill_paged_ref, flash_prefill_ref, flash_prefill_varlen_ref
 
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
+PAGE_SIZE_MULTIPLE = 16
 
 
 def flash_prefill(
@@ -135,6 +137,8 @@ def flash_prefill_paged(
     config: FlashPrefillConfig,
     softmax_scale: float,
     out: torch.Tensor,
+    block_counts: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> torch.Tensor:
     """Causal sparse attention of a step's sparse requests, whose keys and values are all in the cache.
 
@@ -144,6 +148,9 @@ def flash_prefill_paged(
         block_table: [num_reqs, max pages] int32, on q's device.
         plan: which requests are sparse; what the GPU needs of it is uploaded by its first use.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
+        block_counts: [2] int64 on q's device; the key blocks kept, and those visible, of all query blocks and
+            heads are added to it.
+        workspace: where the GPU's scratch comes from; allocated for this call if None.
 
     Returns:
         out.
@@ -156,8 +163,12 @@ def flash_prefill_paged(
     _check_rank("v_cache", v_cache, 4)
     _check_heads(q, k_cache, v_cache, names=("k_cache", "v_cache"))
     _check_out(q, out)
-    if k_cache.shape[1] % 16:
-        raise ValueError(f"k_cache: page size must be a multiple of 16, not {k_cache.shape[1]}")
+    if k_cache.shape[1] % PAGE_SIZE_MULTIPLE:
+        raise ValueError(f"k_cache: page size must be a multiple of {PAGE_SIZE_MULTIPLE}, not {k_cache.shape[1]}")
+    if block_counts is not None and (
+        block_counts.shape != (2,) or block_counts.dtype != torch.int64 or block_counts.device != q.device
+    ):
+        raise ValueError("block_counts: must be two int64 on q's device")
     _check_rank("block_table", block_table, 2)
     if block_table.device != q.device:
         raise ValueError(f"block_table: is on {block_table.device}, q on {q.device}")
@@ -179,7 +190,15 @@ def flash_prefill_paged(
         return out
     if not q.is_cuda:
         return flash_prefill_paged_ref(
-            q, k_cache, v_cache, block_table, plan, config=config, softmax_scale=softmax_scale, out=out
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            plan,
+            config=config,
+            softmax_scale=softmax_scale,
+            out=out,
+            block_counts=block_counts,
         )
 
     from vllm_flashprefill.kernels.pipeline import run_stages
@@ -197,6 +216,8 @@ def flash_prefill_paged(
         softmax_scale=softmax_scale,
         out=out[None],
         block_table=block_table,
+        block_counts=block_counts,
+        workspace=workspace,
     )
     return out
 

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from vllm_flashprefill.backend.routing import DenseReason, request_dense_reason
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,11 @@ class SparseRequest:
     def query_slice(self) -> slice:
         return slice(self.query_start, self.query_start + self.query_len)
 
+    @property
+    def visible_blocks(self) -> int:
+        """Key blocks that one head's query blocks of this chunk could attend to, over those query blocks."""
+        return sum(range(self.context_len // BLOCK_SIZE + 1, -(-self.seq_len // BLOCK_SIZE) + 1))
+
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
@@ -55,6 +60,18 @@ class StepPlan:
     @property
     def num_sparse_tokens(self) -> int:
         return sum(request.query_len for request in self.sparse)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_sparse_tokens + sum(self.dense_tokens.values())
+
+    @property
+    def visible_blocks(self) -> int:
+        return sum(request.visible_blocks for request in self.sparse)
+
+
+# Of a step that is vLLM's own and is not counted.
+EMPTY_PLAN = StepPlan((), np.empty(0, dtype=np.int64), {})
 
 
 def plan_step(

@@ -245,6 +245,7 @@ def flash_prefill_paged_ref(
     config: FlashPrefillConfig,
     softmax_scale: float,
     out: torch.Tensor,
+    block_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All four stages for the sparse requests of a step, whose keys and values are all in the cache.
 
@@ -254,18 +255,32 @@ def flash_prefill_paged_ref(
         block_table: [num_reqs, max pages] integers.
         plan: which requests are sparse.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
+        block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
 
     Returns:
         out.
     """
     for request in plan.sparse:
         pages = block_table[request.index]
-        out[request.query_slice] = flash_prefill_ref(
-            q[request.query_slice],
-            gather_pages(k_cache, pages, request.seq_len),
-            gather_pages(v_cache, pages, request.seq_len),
+        rows = q[request.query_slice]
+        k = gather_pages(k_cache, pages, request.seq_len)
+        mask = select_blocks_ref(
+            rows,
+            k,
+            context_len=request.context_len,
+            prompt_len=request.prompt_len,
             config=config,
             softmax_scale=softmax_scale,
-            prompt_len=request.prompt_len,
         )
+        out[request.query_slice] = sparse_attention_ref(
+            rows,
+            k,
+            gather_pages(v_cache, pages, request.seq_len),
+            mask,
+            context_len=request.context_len,
+            block_size=config.block_size,
+            softmax_scale=softmax_scale,
+        )
+        if block_counts is not None:
+            block_counts += torch.tensor([int(mask.sum()), request.visible_blocks * q.shape[1]])
     return out

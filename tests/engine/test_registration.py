@@ -237,14 +237,59 @@ def test_a_backend_that_someone_else_replaced_is_refused():
         AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
-def test_the_cuda_class_is_an_error_until_it_is_connected():
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+def test_the_cuda_class_is_the_one_vllm_gets():
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
 
-    module = importlib.import_module(f"vllm_flashprefill.patches.vllm_{vllm_version().replace('.', '_')}_cuda")
-    impl_class = module.FlashPrefillCUDABackend.get_impl_cls()
-    assert issubclass(impl_class, FlashAttentionImpl)
-    with pytest.raises(RuntimeError, match=re.escape("FlashPrefill is not connected to vLLM's CUDA engine")):
-        impl_class(8, 64, 0.125, 2, None, None, "auto")
+    vllm_flashprefill.register()
+    if vllm_version() == "0.10.0":
+        loader = importlib.import_module(f"vllm_flashprefill.patches.{LOADER}")
+        path = loader.CLASS_PATHS["vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"]
+    else:
+        from vllm.attention.backends.registry import AttentionBackendEnum
+
+        path = AttentionBackendEnum.FLASH_ATTN.get_path()
+    module, _, name = path.rpartition(".")
+    backend = getattr(importlib.import_module(module), name)
+    assert issubclass(backend.get_impl_cls(), FlashAttentionImpl)
+    assert issubclass(backend.get_builder_cls(), FlashAttentionMetadataBuilder)
+
+
+@pytest.mark.parametrize(
+    ("capability", "missing", "message"),
+    [
+        (None, None, "FlashPrefill runs on NVIDIA GPUs and CPUs, not on cpu; unset FLASHPREFILL"),
+        ((7, 5), None, "need a GPU of compute capability 8.0 (Ampere) or newer, this one has 7.5; unset FLASHPREFILL"),
+        ((9, 0), "triton", "need Triton, which cannot be imported"),
+    ],
+)
+def test_a_device_the_kernels_cannot_use_stops_before_a_model_loads(monkeypatch, capability, missing, message):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+
+    # After vLLM has made its own config for the CPU, the platform says what this test wants.
+    def other_platform(original):
+        def create_engine_config(self, *args, **kwargs):
+            vllm_config = original(self, *args, **kwargs)
+            platform = type(current_platform)
+            monkeypatch.setattr(platform, "is_cpu", lambda self: False)
+            monkeypatch.setattr(platform, "is_cuda", lambda self: capability is not None)
+            if capability is not None:
+                found = DeviceCapability(*capability)
+                monkeypatch.setattr(platform, "get_device_capability", lambda *args, **kwargs: found)
+            if missing:
+                monkeypatch.setitem(sys.modules, missing, None)
+            return vllm_config
+
+        return create_engine_config
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", other_platform(EngineArgs.create_engine_config))
+    vllm_flashprefill.register()
+    try:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            EngineArgs(**engine_arguments()).create_engine_config()
+    finally:
+        vllm_flashprefill.revert()
 
 
 def test_imports_from_the_checkout_are_the_packages_own(monkeypatch):

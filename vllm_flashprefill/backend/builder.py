@@ -11,7 +11,7 @@ import torch
 from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
 from vllm_flashprefill.backend.stats import recorder
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.plan import StepPlan, plan_step
+from vllm_flashprefill.plan import EMPTY_PLAN, StepPlan, plan_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,19 @@ class FlashPrefillStep:
     Attributes:
         plan: which requests are sparse.
         block_table: [num_reqs, max pages] int32.
-        dense_rows: [tokens of dense requests] int64, their rows in the packed queries; None where there are none.
+        dense_rows: which rows of the packed queries are dense requests': a slice, or [their tokens] int64 where
+            they do not lie together; None where there are none.
         dense_metadata: vLLM's own metadata of the dense requests alone; None where there are none.
     """
 
     plan: StepPlan
-    block_table: torch.Tensor
-    dense_rows: torch.Tensor | None
+    block_table: torch.Tensor | None
+    dense_rows: slice | torch.Tensor | None
     dense_metadata: Any
+
+
+# Of a batch that is vLLM's own and is not counted.
+NO_STEP = FlashPrefillStep(EMPTY_PLAN, None, None, None)
 
 
 class FlashPrefillBuilderMixin:
@@ -51,14 +56,18 @@ class FlashPrefillBuilderMixin:
             metadata.flashprefill = self._plan_step(common_attn_metadata)
         return metadata
 
-    def _plan_step(self, common: Any) -> FlashPrefillStep:
+    def _plan_step(self, common: Any) -> FlashPrefillStep | None:
         num_reqs = common.num_reqs
-        plan = plan_step(
-            common.query_start_loc_cpu[: num_reqs + 1].numpy(),
-            common.seq_lens_cpu[:num_reqs].numpy(),
-            self.flashprefill_config,
-            prompt_lengths(common.num_computed_tokens_cpu[:num_reqs].numpy()),
-        )
+        try:
+            plan = plan_step(
+                common.query_start_loc_cpu[: num_reqs + 1].numpy(),
+                common.seq_lens_cpu[:num_reqs].numpy(),
+                self.flashprefill_config,
+                prompt_lengths(common.num_computed_tokens_cpu[:num_reqs].numpy()),
+            )
+        except ValueError:
+            # A dummy batch (an idle data-parallel rank's) need not describe requests.
+            return None
         dense_rows = dense_metadata = None
         if plan.sparse and len(plan.dense):
             part, dense_rows = select_requests(common, plan.dense)
@@ -74,30 +83,32 @@ class FlashPrefillBuilderMixin:
         return super().build(0, part)
 
 
-def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, torch.Tensor]:
-    """The part of a batch that some of its requests make up.
+def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | torch.Tensor]:
+    """The part of a batch that some of its requests make up. Does not wait for the device.
 
     Args:
         common: vLLM's ``CommonAttentionMetadata``.
         requests: [n] int64, rows of the batch in ascending order.
 
     Returns:
-        (``CommonAttentionMetadata`` of those n requests, [their tokens] int64 rows in the packed queries).
+        (``CommonAttentionMetadata`` of those n requests, their rows in the packed queries as in `FlashPrefillStep`).
     """
     starts = common.query_start_loc_cpu.numpy()
     lens = np.diff(starts[: common.num_reqs + 1])[requests]
     new_starts = np.concatenate([[0], np.cumsum(lens)])
-    rows = np.repeat(starts[requests] - new_starts[:-1], lens) + np.arange(new_starts[-1])
+    row_numbers = np.repeat(starts[requests] - new_starts[:-1], lens) + np.arange(new_starts[-1])
 
     device = common.query_start_loc.device
     query_start_loc_cpu = torch.from_numpy(new_starts).to(common.query_start_loc_cpu.dtype)
     requests_cpu = torch.from_numpy(requests)
-    rows_cpu = torch.from_numpy(rows)
-    requests_device = requests_cpu.to(device, non_blocking=True)
-    rows_device = rows_cpu.to(device, non_blocking=True)
+    requests_device = _upload(requests_cpu, device)
+    if len(row_numbers) and row_numbers[-1] - row_numbers[0] + 1 == len(row_numbers):
+        rows = slice(int(row_numbers[0]), int(row_numbers[-1]) + 1)
+    else:
+        rows = _upload(torch.from_numpy(row_numbers), device)
     seq_lens_cpu = common.seq_lens_cpu[requests_cpu]
     changes = dict(
-        query_start_loc=query_start_loc_cpu.to(device, non_blocking=True),
+        query_start_loc=_upload(query_start_loc_cpu, device),
         query_start_loc_cpu=query_start_loc_cpu,
         seq_lens=common.seq_lens[requests_device],
         seq_lens_cpu=seq_lens_cpu,
@@ -107,7 +118,14 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, torch.Tenso
         max_query_len=int(lens.max()),
         max_seq_len=int(seq_lens_cpu.max()),
         block_table_tensor=common.block_table_tensor[requests_device],
-        slot_mapping=common.slot_mapping[rows_device],
+        slot_mapping=common.slot_mapping[rows],
     )
     known = {field.name for field in dataclasses.fields(common)}
-    return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows_device
+    return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows
+
+
+def _upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        # From pageable memory the driver may wait for the stream.
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

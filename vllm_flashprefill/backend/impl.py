@@ -52,7 +52,7 @@ class FlashPrefillImplMixin:
         if reason is None and step is None:
             reason = DenseReason.NOT_PLANNED
         if reason is not None:
-            recorder().add_dense(reason, query.shape[0])
+            recorder().add_dense(reason, query.shape[0] if step is None else step.plan.num_tokens)
             return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         for request_reason, tokens in step.plan.dense_tokens.items():
             recorder().add_dense(request_reason, tokens)
@@ -137,7 +137,7 @@ class CPUFlashPrefillImplMixin(FlashPrefillImplMixin):
         recorder().add_sparse(
             request.query_len,
             kept_blocks=int(mask.sum()),
-            visible_blocks=_visible_blocks(mask, request.context_len // config.block_size),
+            visible_blocks=request.visible_blocks * self.num_heads,
             selection=selected - started,
             attention=time.perf_counter() - selected,
         )
@@ -164,11 +164,6 @@ class CPUFlashPrefillImplMixin(FlashPrefillImplMixin):
     ) -> torch.Tensor:
         """vLLM's own attention for the dense requests of a mixed step: [tokens, H, D] to the same shape."""
         raise NotImplementedError
-
-
-def _visible_blocks(mask: torch.Tensor, first_query_block: int) -> int:
-    num_heads, num_query_blocks, _ = mask.shape
-    return num_heads * sum(range(first_query_block + 1, first_query_block + num_query_blocks + 1))
 
 
 def written_as(

@@ -28,6 +28,10 @@ class DenseReason(str, enum.Enum):
     SINKS = "attention_sinks"
     KV_SHARING = "kv_sharing"
     QUANTIZED_KV_CACHE = "quantized_kv_cache"
+    CONTEXT_PARALLEL = "context_parallel"
+    BATCH_INVARIANT = "batch_invariant"
+    HEAD_SIZE = "head_size"
+    DTYPE = "dtype"
     KV_CACHE_LAYOUT = "kv_cache_layout"
     CPU_ARCHITECTURE = "cpu_architecture"
 
@@ -65,9 +69,22 @@ def layer_dense_reason(impl: Any, layer_name: str, config: FlashPrefillConfig) -
     """Why this attention layer is always dense, or None where its prefills may be sparse.
 
     Args:
-        impl: a vLLM attention impl; what it carries of `attn_type`, `sliding_window`, `logits_soft_cap`,
-            `alibi_slopes`, `sinks`, `kv_sharing_target_layer_name` and `kv_cache_dtype` is read.
+        impl: as of `impl_dense_reason`.
         layer_name: vLLM's name of the layer, such as ``model.layers.3.self_attn.attn``.
+    """
+    reason = impl_dense_reason(impl)
+    if reason is None and config.num_dense_layers and layer_index(layer_name) < config.num_dense_layers:
+        return DenseReason.DENSE_LAYER
+    return reason
+
+
+def impl_dense_reason(impl: Any) -> DenseReason | None:
+    """What about an attention layer makes it always dense, wherever in the model it is; or None.
+
+    Args:
+        impl: a vLLM attention impl; what it carries of `attn_type`, `sliding_window`, `logits_soft_cap`,
+            `alibi_slopes`, `sinks`, `kv_sharing_target_layer_name`, `kv_cache_dtype`, `dcp_world_size`,
+            `pcp_world_size` and `batch_invariant_enabled` is read.
     """
     attn_type = getattr(impl, "attn_type", "decoder")
     attn_type = getattr(attn_type, "value", attn_type)
@@ -87,8 +104,11 @@ def layer_dense_reason(impl: Any, layer_name: str, config: FlashPrefillConfig) -
         return DenseReason.KV_SHARING
     if getattr(impl, "kv_cache_dtype", "auto") not in ("auto", "float16", "bfloat16", "float32"):
         return DenseReason.QUANTIZED_KV_CACHE
-    if config.num_dense_layers and layer_index(layer_name) < config.num_dense_layers:
-        return DenseReason.DENSE_LAYER
+    if getattr(impl, "dcp_world_size", 1) > 1 or getattr(impl, "pcp_world_size", 1) > 1:
+        return DenseReason.CONTEXT_PARALLEL
+    if getattr(impl, "batch_invariant_enabled", False):
+        # A chunk's start within a block changes what is selected, and other requests move where chunks start.
+        return DenseReason.BATCH_INVARIANT
     return None
 
 

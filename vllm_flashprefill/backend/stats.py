@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Stats:
         dense_tokens: tokens that took vLLM's own path, by reason.
         kept_blocks: key blocks that sparse queries attended to, over query blocks, heads and layers.
         visible_blocks: key blocks that the same queries could have attended to.
-        selection_seconds, attention_seconds: time in stages 1 to 3, and in stage 4.
+        selection_seconds, attention_seconds: time in stages 1 to 3, and in stage 4; 0 on a GPU, which is not timed.
     """
 
     sparse_tokens: int = 0
@@ -64,10 +65,12 @@ class Stats:
         share = self.sparse_tokens / max(1, self.sparse_tokens + dense)
         density = "-" if self.density is None else f"{self.density:.1%}"
         reasons = ", ".join(f"{name} {n}" for name, n in sorted(self.dense_tokens.items(), key=lambda x: -x[1]))
+        seconds = ""
+        if self.attention_seconds:
+            seconds = f"selection {self.selection_seconds:.2f} s, attention {self.attention_seconds:.2f} s, "
         return (
             f"density {density}, sparse {share:.1%} of {self.sparse_tokens + dense} layer-tokens, "
-            f"selection {self.selection_seconds:.2f} s, attention {self.attention_seconds:.2f} s, "
-            f"dense: {reasons or 'none'}"
+            f"{seconds}dense: {reasons or 'none'}"
         )
 
 
@@ -76,6 +79,7 @@ class StatsRecorder:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self._lock = threading.Lock()
         directory = os.environ.get(ENV_STATS_DIR)
         shape = len(_FIELDS) + len(_REASONS)
         if directory and os.path.isdir(directory):
@@ -90,7 +94,8 @@ class StatsRecorder:
             atexit.register(self._log)
 
     def add_sparse(self, tokens: int, kept_blocks: int, visible_blocks: int, selection: float, attention: float):
-        self._counters[: len(_FIELDS)] += (tokens, kept_blocks, visible_blocks, selection, attention)
+        with self._lock:
+            self._counters[: len(_FIELDS)] += (tokens, kept_blocks, visible_blocks, selection, attention)
 
     def add_dense(self, reason: DenseReason, tokens: int) -> None:
         self._counters[len(_FIELDS) + _REASONS.index(reason)] += tokens

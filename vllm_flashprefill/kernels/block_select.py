@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
-from vllm_flashprefill.kernels.configs import SelectConfig, num_multiprocessors, select_config
+from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
+from vllm_flashprefill.kernels.workspace import Workspace
 
 LOG2_E = math.log2(math.e)
 
@@ -183,8 +184,7 @@ def block_select(
     )
 
 
-def score_scratch(q: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+def score_scratch(q: torch.Tensor, schedule: Schedule, workspace: Workspace | None = None) -> torch.Tensor:
     """Scratch for `block_select`: one row of scores for each program that the GPU holds at once."""
-    launch = select_config(q.device, q.shape[-1])
-    num_programs = launch.programs_per_sm * num_multiprocessors(q.device)
-    return q.new_empty((num_programs, schedule.max_key_blocks), dtype=torch.float32)
+    empty = (workspace or Workspace(q.device)).empty
+    return empty((num_select_programs(q.device, q.shape[-1]), schedule.max_key_blocks), torch.float32)

@@ -105,3 +105,8 @@ def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionCo
 
 def select_config(device: torch.device, head_size: int) -> SelectConfig:
     return SELECT[generation(device), head_size]
+
+
+def num_select_programs(device: torch.device, head_size: int) -> int:
+    """Programs of stages 2 and 3 that the GPU holds at once."""
+    return select_config(device, head_size).programs_per_sm * num_multiprocessors(device)

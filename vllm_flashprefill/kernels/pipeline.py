@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.kernels.block_mean import block_mean
+from vllm_flashprefill.kernels.block_mean import MEAN_DTYPE, block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+from vllm_flashprefill.kernels.workspace import Workspace
 
 
 def run_stages(
@@ -21,6 +22,8 @@ def run_stages(
     softmax_scale: float,
     out: torch.Tensor,
     block_table: torch.Tensor | None = None,
+    block_counts: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> torch.Tensor:
     """Pool, score, select and attend for the scheduled sequences.
 
@@ -28,13 +31,19 @@ def run_stages(
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
         k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D].
         block_table: [rows, max pages] int32.
+        block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
+        workspace: where scratch comes from; allocated for this call if None.
 
     Returns:
         out.
     """
-    mean = block_mean(k, schedule, block_table)
-    scores = score_scratch(q, schedule)
-    lists, counts = list_scratch(q, schedule)
+    num_heads = q.shape[2]
+    workspace = workspace or Workspace(q.device)
+    workspace.rewind()
+    mean = workspace.empty((k.shape[2], schedule.num_mean_rows, k.shape[3]), MEAN_DTYPE)
+    block_mean(k, schedule, block_table, out=mean)
+    scores = score_scratch(q, schedule, workspace)
+    lists, counts = list_scratch(q, schedule, workspace)
     for slab in schedule.slabs:
         block_select(
             q,
@@ -47,6 +56,10 @@ def run_stages(
             counts=counts,
             scores=scores,
         )
+        if block_counts is not None:
+            kept, visible = block_counts.unbind()
+            kept.add_(counts[: slab.num_items * num_heads].sum())
+            visible.add_(slab.list_slots * num_heads)
         sparse_attention(
             q,
             k,
@@ -62,12 +75,12 @@ def run_stages(
     return out
 
 
-def list_scratch(q: torch.Tensor, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
+def list_scratch(
+    q: torch.Tensor, schedule: Schedule, workspace: Workspace | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scratch for the block lists and their lengths, large enough for each slab."""
     num_heads = q.shape[2]
     slots = max(slab.list_slots for slab in schedule.slabs)
     pairs = max(slab.num_items for slab in schedule.slabs)
-    return (
-        q.new_empty(slots * num_heads, dtype=torch.int32),
-        q.new_empty(pairs * num_heads, dtype=torch.int32),
-    )
+    empty = (workspace or Workspace(q.device)).empty
+    return empty((slots * num_heads,), torch.int32), empty((pairs * num_heads,), torch.int32)

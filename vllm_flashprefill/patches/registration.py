@@ -187,12 +187,39 @@ def _check_options_before_a_model_loads() -> None:
         @functools.wraps(original)
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             vllm_config = original(self, *args, **kwargs)
+            _check_device()
             logger.info("FlashPrefill: %s", FlashPrefillConfig.from_vllm(vllm_config))
             return vllm_config
 
         return create_engine_config
 
     wrap(EngineArgs, "create_engine_config", make)
+
+
+def _check_device() -> None:
+    """What the kernels need, asked without touching the GPU: this process may be about to fork."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return
+    instead = f"unset {ENV_ENABLE}, or do not import its loader, to serve dense"
+    if not current_platform.is_cuda():
+        raise RuntimeError(
+            f"FlashPrefill runs on NVIDIA GPUs and CPUs, not on {current_platform.device_type}; {instead}"
+        )
+    if not current_platform.has_device_capability(80):
+        capability = current_platform.get_device_capability()
+        raise RuntimeError(
+            "FlashPrefill's kernels need a GPU of compute capability 8.0 (Ampere) or newer, this one has "
+            f"{capability.major}.{capability.minor}; {instead}"
+        )
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise RuntimeError(
+            f"FlashPrefill's kernels need Triton, which cannot be imported ({error}); install the triton release "
+            f"that the installed torch names, or {instead}"
+        ) from error
 
 
 def _unwatch_model_runner() -> None:

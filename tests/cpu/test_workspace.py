@@ -1,0 +1,87 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_flashprefill.kernels.configs import num_select_programs
+from vllm_flashprefill.kernels.schedule import Sequence, schedule_sequences
+from vllm_flashprefill.kernels.workspace import Workspace, scratch_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_a_reserved_buffer_is_cut_and_cut_again():
+    workspace = Workspace(CPU)
+    workspace.reserve(4096)
+    first = workspace.empty((3, 5), torch.float16)
+    second = workspace.empty((7,), torch.int32)
+    assert (first.shape, first.dtype, second.dtype) == ((3, 5), torch.float16, torch.int32)
+    assert second.data_ptr() - first.data_ptr() == 256
+    workspace.rewind()
+    assert workspace.empty((1,), torch.int64).data_ptr() == first.data_ptr()
+
+
+def test_what_does_not_fit_is_allocated_apart():
+    workspace = Workspace(CPU)
+    assert workspace.empty((10,), torch.float32).shape == (10,)
+    workspace.reserve(100)
+    inside = workspace.empty((20,), torch.float32)
+    outside = workspace.empty((20,), torch.float32)
+    inside.fill_(1.0)
+    outside.fill_(2.0)
+    assert inside.eq(1.0).all() and outside.eq(2.0).all()
+
+
+def test_reserving_only_grows():
+    workspace = Workspace(CPU)
+    workspace.reserve(1000)
+    workspace.reserve(10)
+    assert workspace.num_bytes == 1000
+
+
+@pytest.mark.parametrize("num_heads", [3, 32])
+@given(
+    st.integers(1, 20_000),
+    st.lists(st.integers(1, 2000), max_size=6),
+    st.integers(1, 2000),
+    st.sampled_from([4096, 1 << 20, 128 << 20]),
+)
+def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, chunk, list_bytes):
+    """One request of the longest length, whole prompts beside it."""
+    sequences = [Sequence(chunk, context_len, context_len + chunk), *(Sequence(n, 0, n) for n in whole)]
+    schedule = schedule_sequences(sequences, num_heads=num_heads, num_dense_tail_blocks=2, device=CPU)
+    longest = max(sequence.context_len + sequence.query_len for sequence in sequences)
+    reserved = scratch_bytes(
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_size=64,
+        max_query_tokens=max(chunk + sum(whole), 2048),
+        max_seq_len=longest,
+        device=CPU,
+    )
+    workspace = Workspace(CPU)
+    workspace.reserve(reserved)
+    wanted = [
+        ((num_heads, schedule.num_mean_rows, 64), torch.float16),
+        ((num_select_programs(CPU, 64), schedule.max_key_blocks), torch.float32),
+        ((max(slab.list_slots for slab in schedule.slabs) * num_heads,), torch.int32),
+        ((max(slab.num_items for slab in schedule.slabs) * num_heads,), torch.int32),
+    ]
+    start = workspace.empty((1,), torch.uint8).data_ptr()
+    workspace.rewind()
+    for shape, dtype in wanted:
+        tensor = workspace.empty(shape, dtype)
+        assert start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= start + reserved
+
+
+def test_a_million_tokens_stay_within_the_budget():
+    for head_size, num_heads, num_kv_heads in ((64, 64, 8), (128, 32, 8), (128, 64, 4), (256, 16, 4)):
+        reserved = scratch_bytes(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            max_query_tokens=8192,
+            max_seq_len=1 << 20,
+            device=CPU,
+        )
+        assert reserved <= 256 << 20
