@@ -282,5 +282,5 @@ def flash_prefill_paged_ref(
             softmax_scale=softmax_scale,
         )
         if block_counts is not None:
-            block_counts += torch.tensor([int(mask.sum()), request.visible_blocks * q.shape[1]])
+            block_counts += block_counts.new_tensor([int(mask.sum()), request.visible_blocks * q.shape[1]])
     return out

@@ -112,6 +112,9 @@ def impl(**attributes):
         ({"sinks": [0.0]}, DenseReason.SINKS),
         ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, DenseReason.KV_SHARING),
         ({"kv_cache_dtype": "fp8"}, DenseReason.QUANTIZED_KV_CACHE),
+        ({"dcp_world_size": 2}, DenseReason.CONTEXT_PARALLEL),
+        ({"pcp_world_size": 2}, DenseReason.CONTEXT_PARALLEL),
+        ({"batch_invariant_enabled": True}, DenseReason.BATCH_INVARIANT),
     ],
 )
 def test_route_of_a_layer(attributes, reason):

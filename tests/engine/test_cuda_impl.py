@@ -418,16 +418,6 @@ def test_layers_the_kernels_do_not_take_are_dense(vllm_config, calls):
     odd = Classes(vllm_config, EXACT, head_size=96)
     assert reason_of(odd, torch.zeros(*shape[:-1], 96, dtype=DTYPE)) is DenseReason.HEAD_SIZE
     assert not odd.impl.may_be_sparse
-    for name, reason in (
-        ("dcp_world_size", DenseReason.CONTEXT_PARALLEL),
-        ("pcp_world_size", DenseReason.CONTEXT_PARALLEL),
-    ):
-        classes = Classes(vllm_config, EXACT)
-        setattr(classes.impl, name, 2)
-        assert reason_of(classes, cache) is reason
-    classes.impl.dcp_world_size = classes.impl.pcp_world_size = 1
-    classes.impl.batch_invariant_enabled = True
-    assert reason_of(classes, cache) is DenseReason.BATCH_INVARIANT
     assert reason_of(Classes(vllm_config, EXACT, sliding_window=64), cache) is DenseReason.SLIDING_WINDOW
 
 
@@ -440,6 +430,17 @@ def test_a_dense_layer_takes_a_mixed_step_whole(vllm_config, calls):
         assert_dense(step, classes.forward(step, metadata))
     assert [call["attn_metadata"] for call in calls] == [metadata]
     assert count.stats == stats.Stats(dense_tokens={"dense_layer": 601})
+
+
+def test_a_draft_models_batch_is_vllms_own(vllm_config, calls):
+    classes = Classes(vllm_config, EXACT)
+    step = Step([Request(600), Request(1, 400)], 16, 0)
+    metadata = classes.builder.build(0, step.common(), fast_build=True)
+    calls.clear()
+    with counted() as count:
+        assert_dense(step, classes.forward(step, metadata))
+    assert [call["attn_metadata"] for call in calls] == [metadata]
+    assert count.stats == stats.Stats(dense_tokens={"not_planned": 601})
 
 
 def test_a_batch_that_describes_no_requests_is_vllms_own(vllm_config, calls):

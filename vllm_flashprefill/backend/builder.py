@@ -49,10 +49,11 @@ class FlashPrefillBuilderMixin:
         watch(GPUModelRunner)
         self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         recorder().step_done()
-        if getattr(common_attn_metadata, "causal", True):
+        # A draft model's metadata is what vLLM builds fast, and alters from draft to draft: a plan would not follow.
+        if not fast_build and getattr(common_attn_metadata, "causal", True):
             metadata.flashprefill = self._plan_step(common_attn_metadata)
         return metadata
 

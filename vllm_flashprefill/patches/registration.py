@@ -205,7 +205,7 @@ def _check_device() -> None:
     instead = f"unset {ENV_ENABLE}, or do not import its loader, to serve dense"
     if not current_platform.is_cuda():
         raise RuntimeError(
-            f"FlashPrefill runs on NVIDIA GPUs and CPUs, not on {current_platform.device_type}; {instead}"
+            f"FlashPrefill runs on NVIDIA GPUs and CPUs, not on {current_platform.device_name}; {instead}"
         )
     if not current_platform.has_device_capability(80):
         capability = current_platform.get_device_capability()
