@@ -21,18 +21,22 @@ def run_stages(
     softmax_scale: float,
     out: torch.Tensor,
     block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pool, score, select and attend for the scheduled sequences.
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D].
+        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D]. e4m3 if their
+            dtype is that or uint8.
         block_table: [rows, max pages] int32.
+        k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
 
     Returns:
         out.
     """
-    mean = block_mean(k, schedule, block_table)
+    mean = block_mean(k, schedule, block_table, k_scale=k_scale)
     scores = score_scratch(q, schedule)
     lists, counts = list_scratch(q, schedule)
     for slab in schedule.slabs:
@@ -58,6 +62,8 @@ def run_stages(
             softmax_scale=softmax_scale,
             out=out,
             block_table=block_table,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     return out
 
