@@ -141,7 +141,8 @@ def paged(sequences, page_size, *, seed):
     # As vLLM's cache [2, pages, ...] seen through one index: pages are strided views.
     nan = 0x7F if like.dtype == torch.uint8 else torch.nan
     cache = like.new_full((len(order), 2, page_size, *like.shape[1:]), nan)[:, 0]
-    table = torch.zeros(len(sequences), max(counts), dtype=torch.int32)
+    # Part of a wider table, as vLLM's; what is no page of a sequence is not to be followed.
+    table = torch.full((len(sequences), max(counts) + 5), 1 << 30, dtype=torch.int32)
     used = 0
     for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
         table[row, :count] = order[used : used + count]
@@ -149,7 +150,7 @@ def paged(sequences, page_size, *, seed):
             piece = sequence[slot * page_size : (slot + 1) * page_size]
             cache[order[used + slot], : len(piece)] = piece
         used += count
-    return cache, table.to(like.device)
+    return cache, table.to(like.device)[:, : max(counts)]
 
 
 def run_select(batch, config, scale):

@@ -74,19 +74,14 @@ def test_e4m3_without_the_instruction(monkeypatch):
 
 
 def test_paged_api_with_an_e4m3_cache():
-    config = sparse_config(min_sparse_tokens=1000)
+    config = sparse_config(alpha=0.0, min_sparse_tokens=1000)
     batch, plan = paged_step(
         [Request(2000), Request(300)], 16, config, kv_dtype=torch.float8_e4m3fn, kv_scales="head", dim=128
     )
-    options = dict(config=config, softmax_scale=SCALE)
-    # A table whose rows are not next to each other, as vLLM's.
-    table = batch.block_table.repeat(1, 3)[:, : batch.block_table.shape[1]]
-    out = flash_prefill_paged(
-        batch.q[0], batch.k, batch.v, table, plan, out=torch.empty_like(batch.q[0]), **options, **batch.scales
-    )
-    expected = flash_prefill_paged_ref(
-        batch.q[0], batch.k, batch.v, table, plan, out=torch.empty_like(batch.q[0]), **options, **batch.scales
-    )
+    arguments = (batch.q[0], batch.k, batch.v, batch.block_table, plan)
+    options = dict(config=config, softmax_scale=SCALE, **batch.scales)
+    out = flash_prefill_paged(*arguments, **options, out=torch.empty_like(batch.q[0]))
+    expected = flash_prefill_paged_ref(*arguments, **options, out=torch.empty_like(batch.q[0]))
     torch.testing.assert_close(out[:2000], expected[:2000], rtol=2e-2, atol=2e-3)
 
 
