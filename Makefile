@@ -4,6 +4,8 @@ export PYTHON
 VENV := .venv
 VENV_0_10 := .venv-0.10.0
 MODEL := models/SmolLM2-135M-Instruct
+# With the Triton of vLLM 0.10.0, 0.12.0 and 0.24.0.
+COMPILE := scripts/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
 
 # 2 GB of KV cache is enough for the model used here; nothing is to be fetched or reported.
 export VLLM_CPU_KVCACHE_SPACE ?= 2
@@ -11,16 +13,20 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: env model ## generate with the sparse prefill on vLLM 0.12.0's CPU engine
 	$(VENV)/bin/python scripts/generate.py
 
-test: env env-0.10 model ## run all tests on the CPU engines of vLLM 0.12.0 and 0.10.0
+test: env env-0.10 model ## run all tests on the CPU engines of vLLM 0.12.0 and 0.10.0; compile the kernels
 	@status=0; \
 	$(VENV)/bin/python -m pytest -rs tests/cpu tests/engine || status=1; \
 	$(VENV_0_10)/bin/python -m pytest -rs tests/engine || status=1; \
+	$(COMPILE) || status=1; \
 	exit $$status
+
+compile: env ## compile the kernels for sm_80, sm_90 and sm_100 under three versions of Triton; needs no GPU
+	@$(COMPILE)
 
 lint: env ## check style and format
 	@status=0; \
@@ -29,7 +35,7 @@ lint: env ## check style and format
 	exit $$status
 
 clean: ## remove the environments, the model and what builds and tests left
-	rm -rf $(VENV) $(VENV_0_10) models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_0_10) .triton models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 env:
@@ -43,5 +49,5 @@ model: $(MODEL)/config.json
 $(MODEL)/config.json: | env
 	@$(VENV)/bin/python scripts/fetch_model.py
 
-.PHONY: help demo test lint clean env env-0.10 model
+.PHONY: help demo test compile lint clean env env-0.10 model
 .DEFAULT_GOAL := help

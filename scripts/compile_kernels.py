@@ -1,135 +1,221 @@
-"""Compile every kernel for a few GPU generations, without a GPU; print registers, spills and shared memory."""
+"""Compile every kernel for a few GPU generations, without a GPU; print registers, spills and shared memory.
+
+Each kernel is compiled for each head size; page sizes and an e4m3 cache for heads of 128. Fails if one does not
+compile or needs more shared memory than its GPU has.
+"""
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_flashprefill.kernels import block_mean, block_select, configs, sparse_attention
 
+ARCHS = {80: "ampere", 90: "hopper", 100: "blackwell"}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# By argument name; T is q's dtype, KV the cache's. Any other pointer is to int32.
 POINTERS = {
-    "q_ptr": "T",
-    "k_ptr": "T",
-    "v_ptr": "T",
-    "out_ptr": "T",
+    "q_ptr": "*T",
+    "k_ptr": "*KV",
+    "v_ptr": "*KV",
+    "out_ptr": "*T",
     "mean_ptr": "*fp16",
     "scores_ptr": "*fp32",
-    "scale": "fp32",
-    "log2_alpha": "fp32",
+    "k_scale_ptr": "*fp32",
+    "v_scale_ptr": "*fp32",
 }
+FLOATS = ("scale", "log2_alpha")
 
 
-def compile_kernel(kernel, constants: dict, dtype: str, arch: int, **options):
-    """Compile one kernel; arguments that are not in `constants` are typed by name."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel to compile. values: of its constants, and of some that other kernels have; absent: None arguments."""
+
+    label: str
+    kernel: triton.JITFunction
+    arch: int
+    dtype: str
+    values: dict
+    absent: tuple[str, ...] = ()
+
+    @property
+    def kv_dtype(self) -> str:
+        return "u8" if self.values["FP8"] else self.dtype
+
+
+def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: list[bool]) -> Iterator[Case]:
+    generation = ARCHS[arch]
+    common = dict(
+        HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=generation != "ampere",
+        NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512,
+    )  # fmt: skip
+
+    def case(kernel, name, launch, absent=(), **values):
+        values = {**common, **launch, **values}
+        return Case(f"sm_{arch} {dtype} d{head_size} {name}", kernel, arch, dtype, values, tuple(absent))
+
+    def launch_values(config):
+        return {
+            "BLOCK_N": config.block_n, "NUM_STAGES": config.num_stages, "num_warps": config.num_warps,
+            "USE_TMA": getattr(config, "tma", False), "BY_HEAD": getattr(config, "by_head", False),
+        }  # fmt: skip
+
+    select = configs.SELECT[generation, head_size]
+    yield case(block_select._block_select_kernel, "block_select", launch_values(select))
+    tables = {
+        "": (sparse_attention._sparse_attention_kernel, configs.ATTENTION),
+        " tma": (sparse_attention._sparse_attention_kernel, configs.ATTENTION_TMA),
+        " gluon": (sparse_attention._sparse_attention_hopper_kernel, configs.ATTENTION_GLUON),
+    }
+    for page_size in page_sizes:
+        for is_fp8 in fp8:
+            if is_fp8 and not page_size:
+                continue
+            absent = ["block_table_ptr"] * (not page_size) + ["k_scale_ptr", "v_scale_ptr"] * (not is_fp8)
+            paged = dict(PAGE_SIZE=page_size, FP8=is_fp8)
+            name = f"page {page_size}{' e4m3' if is_fp8 else ''}"
+            yield case(block_mean._block_mean_kernel, f"block_mean {name}", {"num_warps": 4}, absent, **paged)
+            for suffix, (kernel, table) in tables.items():
+                config = table.get((generation, head_size))
+                if config is None or kernel is None or (config.gluon and is_fp8):
+                    continue
+                if config.tma and (sparse_attention.TensorDescriptor is None or page_size % config.block_n):
+                    continue
+                descriptors = () if config.tma else ("k_desc", "v_desc")
+                yield case(
+                    kernel,
+                    f"sparse_attention{suffix} {name}",
+                    launch_values(config),
+                    (*absent, *descriptors),
+                    **paged,
+                )
+
+
+def skipped() -> Iterator[str]:
+    """What this Triton cannot compile, and why."""
+    if sparse_attention.TensorDescriptor is None:
+        yield "sparse_attention tma: this Triton has no triton.tools.tensor_descriptor (3.4 has)"
+    if sparse_attention._sparse_attention_hopper_kernel is None:
+        yield "sparse_attention gluon: this Triton has no Gluon for Hopper (3.5 has)"
+
+
+def compile_case(case: Case):
+    """Compile one kernel, its arguments typed by their names and annotations."""
+    kernel, is_gluon = case.kernel, getattr(case.kernel, "is_gluon", bool)()
+    constants = {name: None for name in case.absent if name in kernel.arg_names}
     signature, attributes = {}, {}
-    params = {param.name: param for param in kernel.params}
-    for index, name in enumerate(kernel.arg_names):
+    for index, param in enumerate(kernel.params):
+        name = param.name
+        if param.is_constexpr:
+            constants[name] = case.values[name]
         if name in constants:
             signature[name] = "constexpr"
-            continue
-        if name.endswith("_desc"):
-            signature[name] = f"tensordesc<{dtype}[{constants['BLOCK_N']},{constants['HEAD_SIZE']}]>"
-            continue
-        kind = POINTERS.get(name) or ("*i32" if name.endswith("_ptr") else params[name].annotation_type or "i32")
-        signature[name] = f"*{dtype}" if kind == "T" else kind
-        if not params[name].do_not_specialize and not name.startswith(("scale", "log2")):
+        elif name.endswith("_desc"):
+            signature[name] = descriptor_type(case, is_gluon)
+        elif name.endswith("_ptr"):
+            kind = POINTERS.get(name, "*i32")
+            signature[name] = {"*T": f"*{case.dtype}", "*KV": f"*{case.kv_dtype}"}.get(kind, kind)
+        else:
+            signature[name] = "fp32" if name in FLOATS else param.annotation_type or "i32"
+        if signature[name][0] in "*iu" and not param.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    source_type = ASTSource
+    if is_gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as source_type
+    source = source_type(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": case.values["num_warps"]}
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
 
 
-def usage(compiled, arch: int) -> str:
-    ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
-    suffix = "a" if arch >= 90 else ""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
+def descriptor_type(case: Case, is_gluon: bool) -> str:
+    shape = [case.values["BLOCK_N"], case.values["HEAD_SIZE"]]
+    if not is_gluon:
+        return f"tensordesc<{case.kv_dtype}{shape}>"
+    return f"tensordesc<{case.kv_dtype}{shape},{sparse_attention.tile_layout(2)!r}>"
+
+
+@functools.cache
+def cuobjdump() -> str:
+    return os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+
+
+def usage(case: Case) -> tuple[str, int]:
+    """What a kernel takes of its GPU, in words, and the bytes it spills."""
+    compiled = compile_case(case)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name=sm_{arch}{suffix}", file.name, "-o", os.devnull]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", text).group(1)
-    spills = re.search(r"(\d+) bytes spill stores", text).group(1)
-    return f"{registers} registers, {spills} bytes spilled, {compiled.metadata.shared} bytes shared"
+        text = subprocess.run(
+            [cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    # The kernels have no arrays of their own, so that all of the stack is spills.
+    registers, spills = (int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK"))
+    shared = compiled.metadata.shared
+    if shared > SHARED_MEMORY[case.arch]:
+        raise RuntimeError(f"needs {shared} bytes of shared memory, sm_{case.arch} has {SHARED_MEMORY[case.arch]}")
+    return f"{registers} registers, {spills} bytes spilled, {shared} bytes shared", spills
+
+
+# Known to the forked processes, to which a kernel cannot be sent.
+CASES: list[Case] = []
+
+
+def outcome(number: int) -> tuple[str, int | None]:
+    """A line on one of CASES, and the bytes it spills, None if it failed."""
+    case = CASES[number]
+    try:
+        with contextlib.redirect_stdout(None):
+            text, spills = usage(case)
+    except Exception as error:
+        text, spills = f"FAILED {type(error).__name__}: {str(error)[:1000]}", None
+    return f"{case.label}: {text}", spills
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--dtype", nargs="+", default=["bf16"])
     parser.add_argument("--head-size", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--page-size", type=int, nargs="+", default=[0, 16, 128])
+    parser.add_argument("--page-size", type=int, nargs="+", default=[0, 16, 128], help="for heads of 128")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    print(f"triton {triton.__version__}")
-    failed = 0
-    for arch, dtype, head_size in itertools.product(args.arch, args.dtype, args.head_size):
-        generation = "ampere" if arch < 90 else "hopper" if arch < 100 else "blackwell"
-        shape = dict(HEAD_SIZE=head_size, BLOCK=128)
-        heads = dict(NUM_HEADS=32, GROUP=4)
-        select = configs.SELECT[generation, head_size]
-        cases = [
-            (
-                "block_select",
-                block_select._block_select_kernel,
-                dict(
-                    **shape,
-                    **heads,
-                    BLOCK_N=select.block_n,
-                    BLOCK_LIST=512,
-                    NUM_SINK_BLOCKS=2,
-                    NUM_WINDOW_BLOCKS=4,
-                    NUM_STAGES=select.num_stages,
-                ),
-                dict(num_warps=select.num_warps),
-            )
-        ]
-        for page_size in args.page_size:
-            absent = {} if page_size else {"block_table_ptr": None}
-            cases.append(
-                (
-                    f"block_mean page {page_size}",
-                    block_mean._block_mean_kernel,
-                    dict(**shape, **absent, PAGE_SIZE=page_size),
-                    dict(num_warps=4),
-                )
-            )
-            for table in (configs.ATTENTION, configs.ATTENTION_TMA):
-                attention = table.get((generation, head_size))
-                if attention is None or (attention.tma and page_size % attention.block_n):
-                    continue
-                no_descriptor = {} if attention.tma else {"k_desc": None, "v_desc": None}
-                cases.append(
-                    (
-                        f"sparse_attention page {page_size}{' tma' if attention.tma else ''}",
-                        sparse_attention._sparse_attention_kernel,
-                        dict(
-                            **shape,
-                            **heads,
-                            **absent,
-                            **no_descriptor,
-                            BLOCK_N=attention.block_n,
-                            PAGE_SIZE=page_size,
-                            USE_TMA=attention.tma,
-                            BY_HEAD=attention.by_head,
-                            NUM_STAGES=attention.num_stages,
-                        ),
-                        dict(num_warps=attention.num_warps),
-                    )
-                )
-        for name, kernel, constants, options in cases:
-            label = f"sm_{arch} {dtype} d{head_size} {name}"
-            try:
-                print(f"{label}: {usage(compile_kernel(kernel, constants, dtype, arch, **options), arch)}", flush=True)
-            except Exception as error:
-                failed += 1
-                print(f"{label}: FAILED {type(error).__name__}: {str(error)[:500]}", flush=True)
+
+    for arch in args.arch:
+        for dtype in args.dtype:
+            for head_size in args.head_size:
+                all_of_it = head_size == 128
+                page_sizes = args.page_size if all_of_it else [128]
+                CASES.extend(cases(arch, dtype, head_size, page_sizes, [False, True] if all_of_it else [False]))
+    print(f"triton {triton.__version__}, torch {torch.__version__}: {len(CASES)} kernels", flush=True)
+    for line in skipped():
+        print(f"skipped {line}", flush=True)
+
+    spills = []
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with concurrent.futures.ProcessPoolExecutor(args.jobs, fork) as pool:
+            for line, spilled in pool.map(outcome, range(len(CASES))):
+                print(line, flush=True)
+                spills.append(spilled)
+    failed = spills.count(None)
+    spilling = sum(bool(spilled) for spilled in spills)
+    print(f"triton {triton.__version__}: {len(CASES)} kernels, {spilling} spill, {failed} failed", flush=True)
     sys.exit(failed != 0)
 
 

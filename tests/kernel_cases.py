@@ -4,15 +4,18 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels import pipeline
 from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select
+from vllm_flashprefill.kernels.fp8 import from_e4m3
 from vllm_flashprefill.kernels.schedule import Schedule, Sequence, schedule_sequences
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.workspace import Workspace
-from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref
+from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, dequantise
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
 TIE = 0.01
@@ -44,8 +47,9 @@ class Batch:
     k: torch.Tensor  # [pages, page_size, G, D], or [1, tokens, G, D] where block_table is None
     v: torch.Tensor
     block_table: torch.Tensor | None
-    parts: list  # (q [T, H, D], k [S, G, D], v) of each request
+    parts: list  # (q [T, H, D], k [S, G, D], v) of each request; k and v in float32 where the batch's are e4m3
     schedule: Schedule
+    scales: dict  # k_scale and v_scale
 
 
 def structured(query_len, seq_len, *, heads, kv_heads, dim, dtype, device, seed):
@@ -72,11 +76,14 @@ def make_batch(
     kv_heads=2,
     dim=64,
     dtype=torch.float16,
+    kv_dtype=None,
+    kv_scales="none",
     device="cpu",
     seed=0,
     config,
     slab_bytes=None,
 ):
+    """kv_dtype: the e4m3 dtype of the cache, if it is one. kv_scales: its scales, "none", "one" or one a "head"."""
     device = torch.device(device)
     parts = [
         structured(
@@ -95,27 +102,48 @@ def make_batch(
         )  # fmt: skip
         query_start += request.query_len
         kv_start += request.seq_len
+    keys, values, scales = [part[1] for part in parts], [part[2] for part in parts], {}
+    if kv_dtype is not None:
+        if kv_scales != "none":
+            steps = torch.arange(1, (kv_heads if kv_scales == "head" else 1) + 1, device=device)
+            scales = {"k_scale": 0.05 * steps, "v_scale": 0.03 * steps}
+        keys = [quantised(x, scales.get("k_scale")) for x in keys]
+        values = [quantised(x, scales.get("v_scale")) for x in values]
+        parts = [
+            (part[0], dequantise(k, scales.get("k_scale")), dequantise(v, scales.get("v_scale")))
+            for part, k, v in zip(parts, keys, values, strict=True)
+        ]
     if page_size:
-        k, block_table = paged([part[1] for part in parts], page_size, seed=seed)
-        v, _ = paged([part[2] for part in parts], page_size, seed=seed)
+        k, block_table = paged(keys, page_size, seed=seed)
+        v, _ = paged(values, page_size, seed=seed)
     else:
-        k, v = (torch.cat([part[n] for part in parts])[None] for n in (1, 2))
+        k, v = torch.cat(keys)[None], torch.cat(values)[None]
+    if kv_dtype is not None:
+        k, v = k.view(kv_dtype), v.view(kv_dtype)
     extra = {} if slab_bytes is None else {"list_bytes": slab_bytes}
     schedule = schedule_sequences(
         sequences, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
     )
-    return Batch(requests, q[None], k, v, block_table, parts, schedule)
+    return Batch(requests, q[None], k, v, block_table, parts, schedule, scales)
+
+
+def quantised(x, scale):
+    """e4m3 codes (uint8) of [S, G, D]."""
+    scaled = x.float() if scale is None else x.float() / scale[:, None]
+    return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def paged(sequences, page_size, *, seed):
-    """Lay [S, G, D] sequences out on shuffled pages; every slot that holds no token is NaN."""
+    """Lay [S, G, D] sequences out on shuffled pages; every slot that holds no token is NaN, in e4m3 codes too."""
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-len(sequence) // page_size) for sequence in sequences]
     order = torch.randperm(sum(counts) + 3, generator=generator)
     like = sequences[0]
     # As vLLM's cache [2, pages, ...] seen through one index: pages are strided views.
-    cache = like.new_full((len(order), 2, page_size, *like.shape[1:]), torch.nan)[:, 0]
-    table = torch.zeros(len(sequences), max(counts), dtype=torch.int32)
+    nan = 0x7F if like.dtype == torch.uint8 else torch.nan
+    cache = like.new_full((len(order), 2, page_size, *like.shape[1:]), nan)[:, 0]
+    # Part of a wider table, as vLLM's; what is no page of a sequence is not to be followed.
+    table = torch.full((len(sequences), max(counts) + 5), 1 << 30, dtype=torch.int32)
     used = 0
     for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
         table[row, :count] = order[used : used + count]
@@ -123,14 +151,14 @@ def paged(sequences, page_size, *, seed):
             piece = sequence[slot * page_size : (slot + 1) * page_size]
             cache[order[used + slot], : len(piece)] = piece
         used += count
-    return cache, table.to(like.device)
+    return cache, table.to(like.device)[:, : max(counts)]
 
 
 def run_select(batch, config, scale):
     """Masks [H, NQ, NK] bool and log2 scores [H, NQ, NK] of each request, from the kernels, on NaN-filled scratch."""
     heads = batch.q.shape[2]
     schedule = batch.schedule
-    mean = block_mean(batch.k, schedule, batch.block_table)
+    mean = block_mean(batch.k, schedule, batch.block_table, k_scale=batch.scales.get("k_scale"))
     masks = [
         torch.zeros(heads, -(-r.seq_len // 128) - r.context_len // 128, -(-r.seq_len // 128), dtype=torch.bool)
         for r in batch.requests
@@ -206,6 +234,7 @@ def run_attention(batch, masks, scale):
         sparse_attention(
             batch.q, batch.k, batch.v, batch.schedule, slab,
             lists=lists, counts=counts, softmax_scale=scale, out=out, block_table=batch.block_table,
+            **batch.scales,
         )  # fmt: skip
     return split(out, batch)
 
@@ -215,7 +244,7 @@ def split(out, batch):
 
 
 def check_means(batch):
-    mean = block_mean(batch.k, batch.schedule, batch.block_table).cpu()
+    mean = block_mean(batch.k, batch.schedule, batch.block_table, k_scale=batch.scales.get("k_scale")).cpu()
     expected = torch.cat([block_mean_ref(part[1].cpu(), 128) for part in batch.parts]).transpose(0, 1)
     torch.testing.assert_close(mean.float(), expected, rtol=1e-3, atol=1e-3)
 
@@ -295,7 +324,7 @@ def check_all(batch, config, scale):
         pipeline.run_stages(
             batch.q, batch.k, batch.v, batch.schedule,
             config=config, softmax_scale=scale, out=out, block_table=batch.block_table,
-            block_counts=counts, workspace=workspace,
+            block_counts=counts, workspace=workspace, **batch.scales,
         )  # fmt: skip
     visible = sum(
         batch.q.shape[2] * (block + 1)
@@ -320,3 +349,16 @@ def sparse_config(**options):
     return FlashPrefillConfig(
         **{"alpha": 0.3, "num_sink_blocks": 1, "num_window_blocks": 2, "num_dense_tail_blocks": 1, **options}
     )
+
+
+@triton.jit
+def _read_e4m3_kernel(codes_ptr, out_ptr, NATIVE: tl.constexpr):
+    offs = tl.arange(0, 256)
+    tl.store(out_ptr + offs, from_e4m3(tl.load(codes_ptr + offs), NATIVE))
+
+
+def check_e4m3_codes(device, *, native):
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    out = torch.empty(256, dtype=torch.float16, device=device)
+    _read_e4m3_kernel[(1,)](codes, out, native)
+    torch.testing.assert_close(out, codes.view(torch.float8_e4m3fn).half(), rtol=0, atol=0, equal_nan=True)

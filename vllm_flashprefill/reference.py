@@ -17,6 +17,9 @@ import torch
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.plan import StepPlan
 
+# vLLM keeps e4m3 as uint8.
+FP8_DTYPES = (torch.float8_e4m3fn, torch.uint8)
+
 
 def block_mean_ref(k: torch.Tensor, block_size: int) -> torch.Tensor:
     """Stage 1, pool: the mean key of each block; a last, partial block divides by its real length.
@@ -235,6 +238,20 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor, seq_len: int) -> torc
     return cache[pages[:num_pages].long()].flatten(0, 1)[:seq_len]
 
 
+def dequantise(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What some e4m3 codes stand for.
+
+    Args:
+        codes: [..., G, D] uint8.
+        scale: float32 of one element or [G]; 1 if None.
+
+    Returns:
+        [..., G, D] in float32.
+    """
+    values = codes.view(torch.float8_e4m3fn).float()
+    return values if scale is None else values * scale.reshape(-1, 1)
+
+
 def flash_prefill_paged_ref(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -246,24 +263,34 @@ def flash_prefill_paged_ref(
     softmax_scale: float,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All four stages for the sparse requests of a step, whose keys and values are all in the cache.
 
     Args:
         q: [tokens of the step, H, D].
-        k_cache, v_cache: [num_pages, page_size, G, D], any strides, any page size.
+        k_cache, v_cache: [num_pages, page_size, G, D], any strides, any page size. e4m3 if their dtype is one of
+            FP8_DTYPES.
         block_table: [num_reqs, max pages] integers.
         plan: which requests are sparse.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
+        k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
 
     Returns:
         out.
     """
+    fp8 = k_cache.dtype in FP8_DTYPES
+    if fp8:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     for request in plan.sparse:
         pages = block_table[request.index]
         rows = q[request.query_slice]
         k = gather_pages(k_cache, pages, request.seq_len)
+        v = gather_pages(v_cache, pages, request.seq_len)
+        if fp8:
+            k, v = dequantise(k, k_scale), dequantise(v, v_scale)
         mask = select_blocks_ref(
             rows,
             k,
@@ -275,7 +302,7 @@ def flash_prefill_paged_ref(
         out[request.query_slice] = sparse_attention_ref(
             rows,
             k,
-            gather_pages(v_cache, pages, request.seq_len),
+            v,
             mask,
             context_len=request.context_len,
             block_size=config.block_size,

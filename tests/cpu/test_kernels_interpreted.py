@@ -1,4 +1,4 @@
-"""The GPU tests' checks at small shapes, the kernels run by Triton's interpreter, in a process of their own."""
+"""The GPU tests' checks at small shapes, the kernels run by Triton's interpreter, in processes of their own."""
 
 import importlib.util
 import os
@@ -11,25 +11,52 @@ import pytest
 TESTS = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-CASES = {
-    "paged_chunks": "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]",
-    "pages_of_48": "page_size=48, requests=[Request(700, 0, 300), Request(127)]",
-    "pages_of_256": "page_size=256, requests=[Request(260, 640)]",
-    "plain_ragged": "requests=[Request(1100), Request(128), Request(1), Request(257)]",
-    "slabs": "requests=[Request(900)], slab_bytes=300",
-    "one_kv_head": "requests=[Request(800)], heads=3, kv_heads=1, dim=128",
-}
+# One process runs a group, since each one imports torch: (alpha, arguments of `make_batch`).
+GROUPS = {
+    "paged": {
+        "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
+        "chunks_at_alpha_0": (0.0, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
+        "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
+        "pages_of_256": (0.3, "page_size=256, requests=[Request(260, 640)]"),
+    },
+    "plain": {
+        "ragged": (0.3, "requests=[Request(1100), Request(128), Request(1), Request(257)]"),
+        "slabs": (0.3, "requests=[Request(900)], slab_bytes=300"),
+        "one_kv_head": (0.3, "requests=[Request(800)], heads=3, kv_heads=1, dim=128"),
+    },
+    "e4m3": {
+        "scales_of_heads": (
+            0.3,
+            "page_size=16, requests=[Request(300, 640, 128), Request(129)], kv_dtype=torch.uint8, kv_scales='head', "
+            "dtype=torch.bfloat16",
+        ),
+        "one_scale": (
+            0.3, "page_size=48, requests=[Request(500, 40, 128)], kv_dtype=torch.float8_e4m3fn, kv_scales='one'"
+        ),
+        "no_scale": (0.3, "page_size=256, requests=[Request(450)], kv_dtype=torch.uint8, dim=128"),
+    },
+}  # fmt: skip
+
+
+def run_interpreted(code):
+    # TRITON_INTERPRET must be set before Triton is imported.
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, f"{run.stdout[-1000:]}{run.stderr[-3000:]}"
 
 
 @needs_triton
-@pytest.mark.parametrize(("case", "alpha"), [*((case, 0.3) for case in CASES), ("paged_chunks", 0.0)])
-def test_all_stages_interpreted(case, alpha):
-    # TRITON_INTERPRET must be set before Triton is imported.
-    code = f"""
-from kernel_cases import Request, check_all, make_batch, sparse_config
-config = sparse_config(alpha={alpha})
-check_all(make_batch(config=config, {CASES[case]}), config, 0.125)
-"""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_stages_interpreted(group):
+    cases = "\n".join(
+        f"print({name!r}, flush=True)\n"
+        f"config = sparse_config(alpha={alpha})\n"
+        f"check_all(make_batch(config=config, {batch}), config, 0.125)"
+        for name, (alpha, batch) in GROUPS[group].items()
+    )
+    run_interpreted(f"import torch\nfrom kernel_cases import Request, check_all, make_batch, sparse_config\n{cases}")
+
+
+@needs_triton
+def test_every_e4m3_code_is_read_as_what_it_stands_for():
+    run_interpreted("from kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")

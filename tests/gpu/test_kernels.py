@@ -4,10 +4,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from bad_input import bad_calls
 from kernel_cases import (
     Request,
     check_all,
     check_attention,
+    check_e4m3_codes,
     check_select,
     make_batch,
     sparse_config,
@@ -18,6 +20,7 @@ from kernel_cases import (
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.plan import plan_step
+from vllm_flashprefill.reference import flash_prefill_paged_ref
 
 SCALE = 0.125
 
@@ -33,6 +36,53 @@ def test_ragged_batch_of_chunks(page_size, dim, dtype):
     check_all(
         make_batch(requests, page_size=page_size, dim=dim, dtype=dtype, device="cuda", config=config), config, SCALE
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize(
+    "kv_dtype, kv_scales", [(torch.uint8, "head"), (torch.uint8, "one"), (torch.float8_e4m3fn, "none")]
+)
+def test_e4m3_cache(kv_dtype, kv_scales, page_size, dim, dtype):
+    config = sparse_config()
+    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640)]
+    batch = make_batch(
+        requests, page_size=page_size, dim=dim, dtype=dtype, kv_dtype=kv_dtype, kv_scales=kv_scales,
+        device="cuda", config=config,
+    )  # fmt: skip
+    check_all(batch, config, SCALE)
+
+
+def test_e4m3_codes():
+    for native in (False, *([True] if torch.cuda.get_device_capability() >= (8, 9) else [])):
+        check_e4m3_codes("cuda", native=native)
+
+
+def test_e4m3_without_the_instruction(monkeypatch):
+    from vllm_flashprefill.kernels import block_mean, sparse_attention
+
+    for module in (block_mean, sparse_attention):
+        monkeypatch.setattr(module, "has_e4m3_instruction", lambda device: False)
+    config = sparse_config()
+    for page_size in (16, 128):
+        batch = make_batch(
+            [Request(2000, 300)], page_size=page_size, dim=128, kv_dtype=torch.uint8, kv_scales="head",
+            device="cuda", config=config,
+        )  # fmt: skip
+        check_all(batch, config, SCALE)
+
+
+def test_paged_api_with_an_e4m3_cache():
+    config = sparse_config(alpha=0.0, min_sparse_tokens=1000)
+    batch, plan = paged_step(
+        [Request(2000), Request(300)], 16, config, kv_dtype=torch.float8_e4m3fn, kv_scales="head", dim=128
+    )
+    arguments = (batch.q[0], batch.k, batch.v, batch.block_table, plan)
+    options = dict(config=config, softmax_scale=SCALE, **batch.scales)
+    out = flash_prefill_paged(*arguments, **options, out=torch.empty_like(batch.q[0]))
+    expected = flash_prefill_paged_ref(*arguments, **options, out=torch.empty_like(batch.q[0]))
+    torch.testing.assert_close(out[:2000], expected[:2000], rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1), (28, 4), (8, 1)])
@@ -210,34 +260,23 @@ def test_no_length_compiles(no_sync):
     assert compiled() == before
 
 
-def test_bad_input_is_one_clear_error():
-    q, k, v = (torch.randn(1, 300, heads, 64, device="cuda", dtype=torch.float16) for heads in (4, 2, 2))
-    cache, table = k[0][:288].view(18, 16, 2, 64), torch.zeros(1, 18, device="cuda", dtype=torch.int32)
-    plan = plan_step(
-        np.array([0, 288]),
-        np.array([288]),
-        FlashPrefillConfig(min_sparse_tokens=0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0),
-    )
-    paged = dict(plan=plan, config=FlashPrefillConfig(), softmax_scale=1.0, out=torch.empty_like(q[0]))
-    cases = [
-        ("q", lambda: flash_prefill(q[0], k, v)),
-        ("q", lambda: flash_prefill(q.float(), k.float(), v.float())),
-        ("q", lambda: flash_prefill(q[..., :48], k[..., :48], v[..., :48])),
-        ("q", lambda: flash_prefill(q.transpose(1, 3), k, v)),
-        ("k", lambda: flash_prefill(q, k.bfloat16(), v)),
-        ("k", lambda: flash_prefill(q, k.cpu(), v)),
-        ("k", lambda: flash_prefill(q, k[:, :200], v[:, :200])),
-        ("k", lambda: flash_prefill(q[:, :, :3], k, v)),
-        ("v", lambda: flash_prefill(q, k, v[:, :200])),
-        ("out", lambda: flash_prefill(q, k, v, out=q[:, :10])),
-        ("softmax_scale", lambda: flash_prefill(q, k, v, softmax_scale=-1.0)),
-        ("prompt_len", lambda: flash_prefill(q, k, v, prompt_len=7)),
-        ("cu_seqlens", lambda: flash_prefill_varlen(q[0], k[0], v[0], [0, 200, 100, 300])),
-        ("cu_seqlens", lambda: flash_prefill_varlen(q[0], k[0], v[0], [0, 299])),
-        ("block_table", lambda: flash_prefill_paged(q[0], cache, cache, table[:, :17], **paged)),
-        ("block_table", lambda: flash_prefill_paged(q[0], cache, cache, table.long(), **paged)),
-        ("k_cache", lambda: flash_prefill_paged(q[0], cache[:, :15], cache[:, :15], table, **paged)),
-    ]
-    for name, call in cases:
-        with pytest.raises(ValueError, match=f"^{name}:"):
+def test_a_plan_used_on_two_streams():
+    """The second stream must not read what the first is still uploading, nor the first's memory be given away."""
+    from vllm_flashprefill.kernels.schedule import schedule_step
+
+    config = sparse_config(min_sparse_tokens=1000)
+    batch, plan = paged_step([Request(2000)], 16, config)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    schedules = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            schedules.append(schedule_step(plan, num_heads=4, num_dense_tail_blocks=1, device=batch.q.device))
+    assert schedules[0].items.data_ptr() != schedules[1].items.data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_bad_input_is_one_clear_error(device):
+    for number, (name, call) in enumerate(bad_calls(device)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
             call()
+            pytest.fail(f"call {number}, of a bad {name}, went through")

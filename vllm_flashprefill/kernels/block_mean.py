@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
+from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule
 
 # Means are kept in float16 whatever the keys are: 8 times finer than bfloat16, and a mean key beyond its range
@@ -14,20 +15,24 @@ from vllm_flashprefill.kernels.schedule import Schedule
 MEAN_DTYPE = torch.float16
 
 
-@triton.jit(do_not_specialize=["num_mean_rows", "stride_table"])
+@triton.jit(do_not_specialize=["num_mean_rows", "stride_table", "stride_k_scale"])
 def _block_mean_kernel(
     k_ptr,
     mean_ptr,
     block_table_ptr,
     requests_ptr,
+    k_scale_ptr,
     stride_kp: tl.int64,
     stride_kt,
     stride_kg,
     stride_table,
+    stride_k_scale,
     num_mean_rows,
     HEAD_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_NATIVE: tl.constexpr,
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -48,27 +53,37 @@ def _block_mean_kernel(
     offs_dim = tl.arange(0, HEAD_SIZE)
     # [BLOCK, HEAD_SIZE]
     k_ptrs = k_ptr + offs_tokens[:, None] + kv_head.to(tl.int64) * stride_kg + offs_dim[None, :]
-    k = tl.load(k_ptrs, mask=mask_tokens[:, None], other=0.0).to(tl.float32)
+    k = tl.load(k_ptrs, mask=mask_tokens[:, None], other=0)
+    if FP8:
+        k = from_e4m3(k, FP8_NATIVE)
     # [HEAD_SIZE]
-    mean = tl.sum(k, axis=0) / tl.minimum(seq_len - block * BLOCK, BLOCK)
+    mean = tl.sum(k.to(tl.float32), axis=0) / tl.minimum(seq_len - block * BLOCK, BLOCK)
+    mean *= load_scale(k_scale_ptr, kv_head, stride_k_scale)
     mean = tl.minimum(tl.maximum(mean, -65504.0), 65504.0)
     row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6) + block
     tl.store(mean_ptr + row * HEAD_SIZE + offs_dim, mean.to(mean_ptr.dtype.element_ty))
 
 
 def block_mean(
-    k: torch.Tensor, schedule: Schedule, block_table: torch.Tensor | None = None, out: torch.Tensor | None = None
+    k: torch.Tensor,
+    schedule: Schedule,
+    block_table: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean key of each block of each scheduled sequence.
 
     Args:
         k: [batch, tokens, G, D], or with a block table the cache [num_pages, page_size, G, D]; any strides but
-            the last, which is 1.
+            the last, which is 1. e4m3 if its dtype is that or uint8.
         block_table: [rows, max pages] int32.
+        k_scale: float32 of one element or [G], what e4m3 keys are multiplied by; 1 if None.
 
     Returns:
         [G, schedule.num_mean_rows, D] in float16.
     """
+    k = e4m3_codes(k)
     num_kv_heads, head_size = k.shape[2:]
     if out is None:
         out = k.new_empty((num_kv_heads, schedule.num_mean_rows, head_size), dtype=MEAN_DTYPE)
@@ -78,14 +93,18 @@ def block_mean(
         out,
         block_table,
         schedule.requests,
+        k_scale,
         k.stride(0),
         k.stride(1),
         k.stride(2),
         0 if block_table is None else block_table.stride(0),
+        scale_stride(k_scale),
         out.shape[1],
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
         PAGE_SIZE=0 if block_table is None else k.shape[1],
+        FP8=k.dtype == torch.uint8,
+        FP8_NATIVE=has_e4m3_instruction(k.device),
         num_warps=4,
     )
     return out

@@ -24,15 +24,19 @@ def run_stages(
     block_table: torch.Tensor | None = None,
     block_counts: torch.Tensor | None = None,
     workspace: Workspace | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pool, score, select and attend for the scheduled sequences.
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D].
+        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D]. e4m3 if their
+            dtype is that or uint8.
         block_table: [rows, max pages] int32.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
         workspace: where scratch comes from; allocated for this call if None.
+        k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
 
     Returns:
         out.
@@ -41,7 +45,7 @@ def run_stages(
     workspace = workspace or Workspace(q.device)
     workspace.rewind()
     mean = workspace.empty((k.shape[2], schedule.num_mean_rows, k.shape[3]), MEAN_DTYPE)
-    block_mean(k, schedule, block_table, out=mean)
+    block_mean(k, schedule, block_table, k_scale=k_scale, out=mean)
     scores = score_scratch(q, schedule, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
     for slab in schedule.slabs:
@@ -71,6 +75,8 @@ def run_stages(
             softmax_scale=softmax_scale,
             out=out,
             block_table=block_table,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     return out
 

@@ -143,9 +143,7 @@ def cached_schedule(
     sequences: tuple[Sequence, ...], *, num_heads: int, num_dense_tail_blocks: int, device: torch.device
 ) -> Schedule:
     """`schedule_sequences`, kept for the next layers, which attend to the same lengths."""
-    # Uploaded on this stream: another one might read it too early.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _cached_schedule(sequences, num_heads, num_dense_tail_blocks, device, stream)
+    return _cached_schedule(sequences, num_heads, num_dense_tail_blocks, device, _current_stream(device))
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,7 +156,7 @@ def _cached_schedule(sequences, num_heads, num_dense_tail_blocks, device, stream
 def schedule_step(plan: StepPlan, *, num_heads: int, num_dense_tail_blocks: int, device: torch.device) -> Schedule:
     """The schedule of a step's sparse requests; made by the step's first layer and kept with the plan."""
     kept = plan.__dict__.setdefault("_schedules", {})
-    key = (num_heads, num_dense_tail_blocks, device)
+    key = (num_heads, num_dense_tail_blocks, device, _current_stream(device))
     if key not in kept:
         sequences = [
             Sequence(
@@ -174,6 +172,11 @@ def schedule_step(plan: StepPlan, *, num_heads: int, num_dense_tail_blocks: int,
             sequences, num_heads=num_heads, num_dense_tail_blocks=num_dense_tail_blocks, device=device
         )
     return kept[key]
+
+
+def _current_stream(device: torch.device) -> int:
+    """What an uploaded schedule is kept by: another stream might read it before it has arrived."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _upload(values: np.ndarray, device: torch.device) -> torch.Tensor:

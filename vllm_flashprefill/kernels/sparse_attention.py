@@ -11,11 +11,12 @@ import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs, num_multiprocessors
+from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.3
+except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
 try:
@@ -50,7 +51,11 @@ def _softmax_step(s, v, acc, row_max, row_sum, scale):
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["first_item", "num_dense_items", "rows_per_batch", "stride_table"])
+@triton.jit(
+    do_not_specialize=[
+        "first_item", "num_dense_items", "rows_per_batch", "stride_table", "stride_k_scale", "stride_v_scale",
+    ]
+)  # fmt: skip
 def _sparse_attention_kernel(
     q_ptr,
     k_ptr,
@@ -63,6 +68,8 @@ def _sparse_attention_kernel(
     items_ptr,
     lists_ptr,
     counts_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     first_item,
     num_dense_items,
     rows_per_batch,
@@ -80,12 +87,16 @@ def _sparse_attention_kernel(
     stride_vt,
     stride_vg,
     stride_table,
+    stride_k_scale,
+    stride_v_scale,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_NATIVE: tl.constexpr,
     USE_TMA: tl.constexpr,
     BY_HEAD: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -131,6 +142,10 @@ def _sparse_attention_kernel(
     q_ptrs = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_ptrs = q_ptrs + offs_rows[:, None] * stride_qt + offs_dim[None, :]
     q = tl.load(q_ptrs, mask=mask_rows[:, None], other=0.0)
+    if FP8:
+        # e4m3 becomes float16, so q does too.
+        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        scale *= load_scale(k_scale_ptr, kv_head, stride_k_scale)
 
     row_max = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -147,15 +162,23 @@ def _sparse_attention_kernel(
             else:
                 row = batch * rows_per_batch + kv_start + start
             k = k_desc.load([row, kv_head * HEAD_SIZE])
+            if FP8:
+                k = from_e4m3(k, FP8_NATIVE)
             s = tl.dot(q, tl.trans(k))
             v = v_desc.load([row, kv_head * HEAD_SIZE])
+            if FP8:
+                v = from_e4m3(v, FP8_NATIVE)
         else:
             tokens = start + offs_n
             offs_k = _token_offsets(tokens, None, table_row_ptr, kv_start, stride_kp, stride_kt, PAGE_SIZE)
             k = tl.load(k_head_ptr + offs_k[:, None] + offs_dim[None, :])
+            if FP8:
+                k = from_e4m3(k, FP8_NATIVE)
             s = tl.dot(q, tl.trans(k))
             offs_v = _token_offsets(tokens, None, table_row_ptr, kv_start, stride_vp, stride_vt, PAGE_SIZE)
             v = tl.load(v_head_ptr + offs_v[:, None] + offs_dim[None, :])
+            if FP8:
+                v = from_e4m3(v, FP8_NATIVE)
         acc, row_max, row_sum = _softmax_step(s, v, acc, row_max, row_sum, scale)
 
     # The query's own block, causal; its tokens may end within it.
@@ -163,14 +186,18 @@ def _sparse_attention_kernel(
         tokens = start + offs_n
         mask_tokens = tokens < seq_len
         offs_k = _token_offsets(tokens, mask_tokens, table_row_ptr, kv_start, stride_kp, stride_kt, PAGE_SIZE)
-        k = tl.load(k_head_ptr + offs_k[:, None] + offs_dim[None, :], mask=mask_tokens[:, None], other=0.0)
+        k = tl.load(k_head_ptr + offs_k[:, None] + offs_dim[None, :], mask=mask_tokens[:, None], other=0)
+        if FP8:
+            k = from_e4m3(k, FP8_NATIVE)
         s = tl.dot(q, tl.trans(k))
         s = tl.where((query_block * BLOCK + offs_m)[:, None] >= tokens[None, :], s, float("-inf"))
         offs_v = _token_offsets(tokens, mask_tokens, table_row_ptr, kv_start, stride_vp, stride_vt, PAGE_SIZE)
-        v = tl.load(v_head_ptr + offs_v[:, None] + offs_dim[None, :], mask=mask_tokens[:, None], other=0.0)
+        v = tl.load(v_head_ptr + offs_v[:, None] + offs_dim[None, :], mask=mask_tokens[:, None], other=0)
+        if FP8:
+            v = from_e4m3(v, FP8_NATIVE)
         acc, row_max, row_sum = _softmax_step(s, v, acc, row_max, row_sum, scale)
 
-    out = acc / row_sum[:, None]
+    out = acc / row_sum[:, None] * load_scale(v_scale_ptr, kv_head, stride_v_scale)
     out_ptrs = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     out_ptrs = out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_rows[:, None])
@@ -188,22 +215,28 @@ def sparse_attention(
     softmax_scale: float,
     out: torch.Tensor,
     block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     launch: AttentionConfig | None = None,
 ) -> None:
     """Attention of a slab's query blocks over the blocks in their lists.
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D].
+        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D]. e4m3 if their
+            dtype is that or uint8; then the products are in float16, to whose range q is clamped.
         lists, counts: from `block_select`.
         block_table: [rows, max pages] int32.
+        k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
+    k, v = e4m3_codes(k), e4m3_codes(v)
+    fp8 = k.dtype == torch.uint8
     num_heads, head_size = q.shape[2:]
     page_size = 0 if block_table is None else k.shape[1]
     matrix = _as_matrix(k) if k.stride() == v.stride() and _as_matrix(v) else None
     choices = (launch,) if launch else attention_configs(q.device, head_size)
-    launch = next((c for c in choices if _fits(c, q, matrix, page_size)), choices[-1])
+    launch = next((c for c in choices if _fits(c, q, matrix, page_size, fp8)), choices[-1])
     if launch.gluon:
         _launch_hopper(
             q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, matrix
@@ -223,6 +256,8 @@ def sparse_attention(
         schedule.items,
         lists,
         counts,
+        k_scale,
+        v_scale,
         slab.first_item,
         slab.num_dense_items,
         matrix.rows_per_batch if use_tma else 0,
@@ -240,12 +275,16 @@ def sparse_attention(
         v.stride(1),
         v.stride(2),
         0 if block_table is None else block_table.stride(0),
+        scale_stride(k_scale),
+        scale_stride(v_scale),
         NUM_HEADS=num_heads,
         GROUP=num_heads // k.shape[2],
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
         BLOCK_N=launch.block_n,
         PAGE_SIZE=page_size,
+        FP8=fp8,
+        FP8_NATIVE=has_e4m3_instruction(q.device),
         USE_TMA=use_tma,
         BY_HEAD=launch.by_head,
         NUM_STAGES=launch.num_stages,
@@ -332,12 +371,12 @@ def _as_matrix(x: torch.Tensor) -> _Matrix | None:
     return _Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)
 
 
-def _fits(launch: AttentionConfig, q: torch.Tensor, matrix: _Matrix | None, page_size: int) -> bool:
-    """Whether a configuration can take these strides and pages."""
+def _fits(launch: AttentionConfig, q: torch.Tensor, matrix: _Matrix | None, page_size: int, fp8: bool) -> bool:
+    """Whether a configuration can take these strides, pages and keys."""
     if not launch.tma:
         return True
     if matrix is None or page_size % launch.block_n:
         return False
     if launch.gluon:
-        return _sparse_attention_hopper_kernel is not None and _as_matrix(q) is not None
+        return not fp8 and _sparse_attention_hopper_kernel is not None and _as_matrix(q) is not None
     return matrix.rows_per_head == 0

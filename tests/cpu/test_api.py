@@ -1,0 +1,52 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bad_input import bad_calls
+
+from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill.api import flash_prefill, flash_prefill_paged
+from vllm_flashprefill.plan import plan_step
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_input_is_one_clear_error(device):
+    for number, (name, call) in enumerate(bad_calls(device)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call()
+            pytest.fail(f"call {number}, of a bad {name}, went through")
+
+
+def test_the_cpu_takes_any_head_size():
+    q = torch.randn(1, 200, 2, 24)
+    assert flash_prefill(q, q, q).shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+@pytest.mark.parametrize("num_scales", [0, 1, 2])
+def test_an_e4m3_cache_is_its_scaled_values(dtype, num_scales):
+    options = dict(num_sink_blocks=1, num_window_blocks=1, num_dense_tail_blocks=1, min_sparse_tokens=0)
+    config = FlashPrefillConfig(alpha=0.5, **options)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(500, 4, 64, generator=generator)
+    k, v = (torch.randn(2, 48, 16, 2, 64, generator=generator) * 20).to(torch.float8_e4m3fn)
+    plan = plan_step(np.array([0, 500]), np.array([700]), config)
+    # A table within a wider one.
+    table = torch.randperm(48, generator=generator, dtype=torch.int32).view(1, 48).repeat(1, 3)[:, :48]
+    scales, wide = {}, [k.float(), v.float()]
+    if num_scales:
+        k_scale, v_scale = torch.rand(2, num_scales, generator=generator)
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        wide = [x * scale[:, None] for x, scale in zip(wide, scales.values(), strict=True)]
+    options = dict(config=config, softmax_scale=0.125)
+    expected = flash_prefill_paged(q, *wide, table, plan, **options, out=torch.empty_like(q))
+    out = flash_prefill_paged(
+        q, k.view(dtype), v.view(dtype), table, plan, **options, **scales, out=torch.empty_like(q)
+    )
+    assert not expected.isnan().any() and plan.sparse
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
