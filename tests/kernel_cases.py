@@ -288,10 +288,12 @@ def check_all(batch, config, scale):
     check_attention(batch, config, scale)
     masks, _ = run_select(batch, config, scale)
     out = torch.full_like(batch.q, torch.nan)
+    kept_blocks = torch.tensor(3, device=batch.q.device)
     pipeline.run_stages(
         batch.q, batch.k, batch.v, batch.schedule,
-        config=config, softmax_scale=scale, out=out, block_table=batch.block_table,
+        config=config, softmax_scale=scale, out=out, block_table=batch.block_table, kept_blocks=kept_blocks,
     )  # fmt: skip
+    assert kept_blocks.item() == 3 + sum(int(mask.sum()) for mask in masks)
     for request, part, mask, got in zip(batch.requests, batch.parts, masks, split(out, batch), strict=True):
         assert_close_attention(got, part, mask, request, scale)
     return out

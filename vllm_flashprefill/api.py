@@ -29,6 +29,7 @@ def flash_prefill(
     softmax_scale: float | None = None,
     prompt_len: int | None = None,
     out: torch.Tensor | None = None,
+    kept_blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal sparse attention of a batch of equally long prompts, or of the same chunk of each.
 
@@ -39,6 +40,8 @@ def flash_prefill(
         softmax_scale: factor on the logits; 1 / sqrt(D) if None.
         prompt_len: tokens of each whole prompt, later chunks included; S if None.
         out: [batch, T, H, D] to write to.
+        kept_blocks: one int64 on q's device, to which the number of key blocks kept is added, over sequences,
+            heads and query blocks.
 
     Returns:
         [batch, T, H, D] in q's dtype.
@@ -62,7 +65,13 @@ def flash_prefill(
     if not q.is_cuda:
         for i in range(len(q)):
             out[i] = flash_prefill_ref(
-                q[i], k[i], v[i], config=config, softmax_scale=softmax_scale, prompt_len=prompt_len
+                q[i],
+                k[i],
+                v[i],
+                config=config,
+                softmax_scale=softmax_scale,
+                prompt_len=prompt_len,
+                kept_blocks=kept_blocks,
             )
         return out
 
@@ -75,7 +84,7 @@ def flash_prefill(
         num_dense_tail_blocks=config.num_dense_tail_blocks,
         device=q.device,
     )
-    return run_stages(q, k, v, schedule, config=config, softmax_scale=softmax_scale, out=out)
+    return run_stages(q, k, v, schedule, config=config, softmax_scale=softmax_scale, out=out, kept_blocks=kept_blocks)
 
 
 def flash_prefill_varlen(

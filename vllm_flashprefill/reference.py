@@ -171,12 +171,14 @@ def flash_prefill_ref(
     config: FlashPrefillConfig,
     softmax_scale: float,
     prompt_len: int | None = None,
+    kept_blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All four stages for one sequence whose last T tokens are this chunk.
 
     Args:
         q: [T, H, D]. k, v: [S, G, D], S >= T.
         prompt_len: tokens of the whole prompt; S if the chunk ends it.
+        kept_blocks: one int64, to which the number of key blocks kept is added, over heads and query blocks.
 
     Returns:
         [T, H, D] in q's dtype.
@@ -190,6 +192,8 @@ def flash_prefill_ref(
         config=config,
         softmax_scale=softmax_scale,
     )
+    if kept_blocks is not None:
+        kept_blocks += mask.sum()
     return sparse_attention_ref(
         q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=softmax_scale
     )

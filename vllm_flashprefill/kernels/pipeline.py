@@ -21,6 +21,7 @@ def run_stages(
     softmax_scale: float,
     out: torch.Tensor,
     block_table: torch.Tensor | None = None,
+    kept_blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pool, score, select and attend for the scheduled sequences.
 
@@ -28,6 +29,7 @@ def run_stages(
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
         k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D].
         block_table: [rows, max pages] int32.
+        kept_blocks: one int64 on the device, to which the number of key blocks kept is added.
 
     Returns:
         out.
@@ -47,6 +49,8 @@ def run_stages(
             counts=counts,
             scores=scores,
         )
+        if kept_blocks is not None:
+            kept_blocks += counts[: slab.num_items * q.shape[2]].sum()
         sparse_attention(
             q,
             k,
