@@ -8,10 +8,19 @@ import torch
 
 pytest.importorskip("transformers", minversion="4.56", reason="transformers 4.56 or newer is not installed")
 
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import (
+    AttentionInterface,
+    CompileConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_flashprefill import PRESETS, FlashPrefillConfig, hf
+from vllm_flashprefill.backend.routing import DenseReason
 from vllm_flashprefill.reference import flash_prefill_ref
 
 # Prunes wherever it may, so that a wrong mask, scale or position shows.
@@ -240,6 +249,20 @@ def test_a_compiled_model_is_sparse_too():
     torch.testing.assert_close(compiled.logits, plain.logits, **TOLERANCE)
 
 
+def test_a_compiled_decode_is_sdpas_whole():
+    """As `generate` does by itself on a GPU; without a graph break, and so without counting."""
+    hf.register(alpha=0.0, **EAGER_TO_PRUNE)
+    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    before = hf.stats()
+    tokens = generate(
+        make_model("flashprefill"), prompt(), cache_implementation="static", compile_config=compile_config
+    )
+    done = hf.stats() - before
+    assert (done.sparse_tokens, done.dense_tokens) == (2 * LENGTH, {})
+    assert torch.equal(tokens, generate(make_model("sdpa"), prompt(), cache_implementation="static"))
+
+
 class Layer(torch.nn.Module):
     is_causal = False
 
@@ -290,6 +313,20 @@ def test_a_mask_that_model_code_reads_is_sdpas_and_dense():
     out = hf.flash_prefill_attention(Layer(), q, kv, kv, mask)[0]
     assert (hf.stats() - before).dense_tokens == {"custom_mask": 300}
     expected = torch.nn.functional.scaled_dot_product_attention(q, kv, kv, attn_mask=make())
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_a_causal_mask_holds_whatever_the_layer_says_of_itself():
+    def make():
+        return torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
+
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    mask = hf.CausalMask((1, 1, 300, 300), torch.device("cpu"), make, 0, DenseReason.SLIDING_WINDOW)
+    q = torch.randn(1, 2, 300, 16)
+    before = hf.stats()
+    out = hf.flash_prefill_attention(Layer(), q, q, q, mask)[0]
+    assert (hf.stats() - before).dense_tokens == {"sliding_window": 300}
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
