@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import triton
-from kernel_data import structured_qkv
+from kernel_data import DENSITY, structured_qkv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
@@ -33,8 +33,6 @@ from vllm_flashprefill.kernels.pipeline import list_scratch, run_stages
 from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 
-# Share of causal blocks: published for 4K to 128K; 2.6 % at 256K continues them.
-DENSITY = {4096: 0.70, 8192: 0.46, 16384: 0.30, 32768: 0.16, 65536: 0.094, 131072: 0.049, 262144: 0.026}
 TIE = 0.01
 
 

@@ -37,6 +37,7 @@ def flash_prefill(
     softmax_scale: float | None = None,
     prompt_len: int | None = None,
     out: torch.Tensor | None = None,
+    block_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal sparse attention of a batch of equally long prompts, or of the same chunk of each.
 
@@ -47,6 +48,8 @@ def flash_prefill(
         softmax_scale: factor on the logits; 1 / sqrt(D) if None.
         prompt_len: tokens of each whole prompt, later chunks included; S if None.
         out: [batch, T, H, D] to write to.
+        block_counts: [2] int64 on q's device; the key blocks kept, and those visible, of all query blocks and
+            heads are added to it.
 
     Returns:
         [batch, T, H, D] in q's dtype.
@@ -59,6 +62,7 @@ def flash_prefill(
         raise ValueError(f"k: batch is {k.shape[0]}, but q's is {q.shape[0]}")
     if k.shape[1] < q.shape[1]:
         raise ValueError(f"k: {k.shape[1]} tokens are fewer than q's {q.shape[1]}")
+    _check_block_counts(block_counts, q)
     seq_len = k.shape[1]
     prompt_len = seq_len if prompt_len is None else prompt_len
     if prompt_len < seq_len:
@@ -70,7 +74,13 @@ def flash_prefill(
     if not q.is_cuda:
         for i in range(len(q)):
             out[i] = flash_prefill_ref(
-                q[i], k[i], v[i], config=config, softmax_scale=softmax_scale, prompt_len=prompt_len
+                q[i],
+                k[i],
+                v[i],
+                config=config,
+                softmax_scale=softmax_scale,
+                prompt_len=prompt_len,
+                block_counts=block_counts,
             )
         return out
 
@@ -82,7 +92,9 @@ def flash_prefill(
         num_dense_tail_blocks=config.num_dense_tail_blocks,
         device=q.device,
     )
-    return _run_stages(q, k, v, schedule, config=config, softmax_scale=softmax_scale, out=out)
+    return _run_stages(
+        q, k, v, schedule, config=config, softmax_scale=softmax_scale, out=out, block_counts=block_counts
+    )
 
 
 def flash_prefill_varlen(
@@ -180,10 +192,7 @@ def flash_prefill_paged(
         raise ValueError("k_cache: has no page")
     _check_kv_scale("k_scale", k_scale, k_cache)
     _check_kv_scale("v_scale", v_scale, v_cache)
-    if block_counts is not None and (
-        block_counts.shape != (2,) or block_counts.dtype != torch.int64 or block_counts.device != q.device
-    ):
-        raise ValueError("block_counts: must be two int64 on q's device")
+    _check_block_counts(block_counts, q)
     _check_rank("block_table", block_table, 2)
     if block_table.device != q.device:
         raise ValueError(f"block_table: is on {block_table.device}, q on {q.device}")
@@ -314,6 +323,13 @@ def _check_kv_scale(name: str, scale: torch.Tensor | None, cache: torch.Tensor) 
 def _check_out(q: torch.Tensor, out: torch.Tensor) -> None:
     if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
         raise ValueError("out: must have q's shape, dtype and device, and a contiguous last dimension")
+
+
+def _check_block_counts(block_counts: torch.Tensor | None, q: torch.Tensor) -> None:
+    if block_counts is not None and (
+        block_counts.shape != (2,) or block_counts.dtype != torch.int64 or block_counts.device != q.device
+    ):
+        raise ValueError("block_counts: must be two int64 on q's device")
 
 
 def _scale(softmax_scale: float | None, q: torch.Tensor) -> float:

@@ -191,14 +191,17 @@ def code_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     return json.loads(environ.get(ENV_CODE_OPTIONS, "{}"))
 
 
+def preset(model_type: str | None, head_size: int | None) -> Mapping[str, Any]:
+    """The preset of a model family, or of its text part; empty if it has none for this head size."""
+    return PRESETS.get((model_type or "").removesuffix("_text"), {}) if head_size == PRESET_HEAD_SIZE else {}
+
+
 def _preset(hf_config: Any) -> Mapping[str, Any]:
     """The preset of a model, from its Hugging Face config; empty if it has none."""
     text_config = getattr(hf_config, "text_config", None) or hf_config
     heads = getattr(text_config, "num_attention_heads", None)
     head_size = getattr(text_config, "head_dim", None) or (heads and text_config.hidden_size // heads)
-    if head_size != PRESET_HEAD_SIZE:
-        return {}
-    return PRESETS.get(getattr(hf_config, "model_type", None), {})
+    return preset(getattr(hf_config, "model_type", None), head_size)
 
 
 def _is_number(value: Any) -> bool:

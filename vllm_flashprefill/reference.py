@@ -174,12 +174,14 @@ def flash_prefill_ref(
     config: FlashPrefillConfig,
     softmax_scale: float,
     prompt_len: int | None = None,
+    block_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All four stages for one sequence whose last T tokens are this chunk.
 
     Args:
         q: [T, H, D]. k, v: [S, G, D], S >= T.
         prompt_len: tokens of the whole prompt; S if the chunk ends it.
+        block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
 
     Returns:
         [T, H, D] in q's dtype.
@@ -193,6 +195,10 @@ def flash_prefill_ref(
         config=config,
         softmax_scale=softmax_scale,
     )
+    if block_counts is not None:
+        first, num_query_blocks = context_len // config.block_size, mask.shape[1]
+        visible = len(mask) * sum(range(first + 1, first + num_query_blocks + 1))
+        block_counts += block_counts.new_tensor([int(mask.sum()), visible])
     return sparse_attention_ref(
         q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=softmax_scale
     )
@@ -286,28 +292,17 @@ def flash_prefill_paged_ref(
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     for request in plan.sparse:
         pages = block_table[request.index]
-        rows = q[request.query_slice]
         k = gather_pages(k_cache, pages, request.seq_len)
         v = gather_pages(v_cache, pages, request.seq_len)
         if fp8:
             k, v = dequantise(k, k_scale), dequantise(v, v_scale)
-        mask = select_blocks_ref(
-            rows,
-            k,
-            context_len=request.context_len,
-            prompt_len=request.prompt_len,
-            config=config,
-            softmax_scale=softmax_scale,
-        )
-        out[request.query_slice] = sparse_attention_ref(
-            rows,
+        out[request.query_slice] = flash_prefill_ref(
+            q[request.query_slice],
             k,
             v,
-            mask,
-            context_len=request.context_len,
-            block_size=config.block_size,
+            config=config,
             softmax_scale=softmax_scale,
+            prompt_len=request.prompt_len,
+            block_counts=block_counts,
         )
-        if block_counts is not None:
-            block_counts += block_counts.new_tensor([int(mask.sum()), request.visible_blocks * q.shape[1]])
     return out

@@ -10,7 +10,7 @@ from vllm_flashprefill.config import FlashPrefillConfig
 
 
 class DenseReason(str, enum.Enum):
-    """Why tokens went through vLLM's own attention."""
+    """Why tokens went through vLLM's own attention, or transformers'."""
 
     # of a request
     DECODE = "decode"
@@ -34,6 +34,13 @@ class DenseReason(str, enum.Enum):
     DTYPE = "dtype"
     KV_CACHE_LAYOUT = "kv_cache_layout"
     CPU_ARCHITECTURE = "cpu_architecture"
+    # of a call by transformers
+    PADDING = "padding"
+    CUSTOM_MASK = "custom_mask"
+    TRAINING = "training"
+    DEVICE = "device"
+    DTYPE = "dtype"
+    HEAD_SIZE = "head_size"
 
 
 def request_dense_reason(
