@@ -39,8 +39,6 @@ class DenseReason(str, enum.Enum):
     CUSTOM_MASK = "custom_mask"
     TRAINING = "training"
     DEVICE = "device"
-    DTYPE = "dtype"
-    HEAD_SIZE = "head_size"
 
 
 def request_dense_reason(
