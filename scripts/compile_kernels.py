@@ -62,7 +62,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     generation = ARCHS[arch]
     common = dict(
         HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=generation != "ampere",
-        NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512,
+        NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
     )  # fmt: skip
 
     def case(kernel, name, launch, absent=(), **values):
@@ -73,6 +73,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
         return {
             "BLOCK_N": config.block_n, "NUM_STAGES": config.num_stages, "num_warps": config.num_warps,
             "USE_TMA": getattr(config, "tma", False), "BY_HEAD": getattr(config, "by_head", False),
+            "maxnreg": getattr(config, "max_registers", None),
         }  # fmt: skip
 
     select = configs.SELECT[generation, head_size]
@@ -126,7 +127,7 @@ def compile_case(case: Case):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
-            signature[name] = descriptor_type(case, is_gluon)
+            signature[name] = descriptor_type(case, name, is_gluon)
         elif name.endswith("_ptr"):
             kind = POINTERS.get(name, "*i32")
             signature[name] = {"*T": f"*{case.dtype}", "*KV": f"*{case.kv_dtype}"}.get(kind, kind)
@@ -138,14 +139,16 @@ def compile_case(case: Case):
     if is_gluon:
         from triton.experimental.gluon._runtime import GluonASTSource as source_type
     source = source_type(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.values["num_warps"]}
+    options = {"num_warps": case.values["num_warps"], "maxnreg": case.values.get("maxnreg")}
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
 
 
-def descriptor_type(case: Case, is_gluon: bool) -> str:
+def descriptor_type(case: Case, name: str, is_gluon: bool) -> str:
     shape = [case.values["BLOCK_N"], case.values["HEAD_SIZE"]]
     if not is_gluon:
         return f"tensordesc<{case.kv_dtype}{shape}>"
+    if name == "q_desc":
+        shape[0] //= 2
     return f"tensordesc<{case.kv_dtype}{shape},{sparse_attention.tile_layout(2)!r}>"
 
 
