@@ -38,6 +38,12 @@ def model():
     """No model is needed here."""
 
 
+@pytest.fixture(autouse=True)
+def own_counters(monkeypatch):
+    """Engines that other tests start in this process make theirs."""
+    monkeypatch.setattr(stats, "_recorder", None)
+
+
 @pytest.fixture(scope="module")
 def vllm_config(tmp_path_factory):
     from vllm.engine.arg_utils import EngineArgs
