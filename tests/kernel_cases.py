@@ -196,7 +196,7 @@ def run_select(batch, config, scale):
 
 def reference_select(request, part, config, scale):
     """E, its mask and which entries are within rounding of the threshold, from the reference."""
-    q, k, _ = (x.cpu() for x in part)
+    q, k, _ = part
     score = block_score_ref(
         q, block_mean_ref(k, 128), context_len=request.context_len, block_size=128, softmax_scale=scale
     )
@@ -207,7 +207,7 @@ def reference_select(request, part, config, scale):
         config=config,
     )
     threshold = config.alpha * score.amax(dim=-1, keepdim=True)
-    return score, mask, (score - threshold).abs() <= TIE * threshold
+    return score.cpu(), mask.cpu(), ((score - threshold).abs() <= TIE * threshold).cpu()
 
 
 def lists_of(masks, batch, slab):
@@ -244,8 +244,8 @@ def split(out, batch):
 
 
 def check_means(batch):
-    mean = block_mean(batch.k, batch.schedule, batch.block_table, k_scale=batch.scales.get("k_scale")).cpu()
-    expected = torch.cat([block_mean_ref(part[1].cpu(), 128) for part in batch.parts]).transpose(0, 1)
+    mean = block_mean(batch.k, batch.schedule, batch.block_table, k_scale=batch.scales.get("k_scale"))
+    expected = torch.cat([block_mean_ref(part[1], 128) for part in batch.parts]).transpose(0, 1)
     torch.testing.assert_close(mean.float(), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -99,6 +99,7 @@ def _producer(
 
         mbarrier.wait(q_free, (done + 1) & 1)
         pair_buffer.store(gl.full([1], pair, gl.int32, one))
+        gl.thread_barrier()
         mbarrier.expect(q_ready, q_bytes)
         tma.async_copy_global_to_shared(q_desc, [q_row, head * Q_COLUMNS], q_ready, q_buffers.index(0))
         tma.async_copy_global_to_shared(q_desc, [q_row + BLOCK // 2, head * Q_COLUMNS], q_ready, q_buffers.index(1))
@@ -137,6 +138,7 @@ def _producer(
         done += 1
     mbarrier.wait(q_free, (done + 1) & 1)
     pair_buffer.store(gl.full([1], -1, gl.int32, one))
+    gl.thread_barrier()
     mbarrier.arrive(q_ready, count=1)
 
 
@@ -196,7 +198,7 @@ def _consumer(
             cleaned += 1
 
         # The rest: every row sees them whole, and all their tokens exist.
-        for _ in range(1, count):
+        for tile in range(1, count):
             v_slot = step % STAGES
             v_phase = step // STAGES & 1
             step += 1
@@ -242,6 +244,17 @@ def _consumer(
         done += 1
         mbarrier.wait(q_ready, done & 1)
         pair = gl.sum(pair_buffer.load(one), axis=0)
+
+
+@gluon.jit
+def _second_consumer_3_5(consumer_args, producer_args):
+    """Triton 3.5 gives every worker the arguments of all."""
+    _consumer(*consumer_args)
+
+
+@gluon.jit
+def _producer_3_5(consumer_args, producer_args):
+    _producer(*producer_args)
 
 
 @gluon.jit(
@@ -317,7 +330,7 @@ def _sparse_attention_hopper_kernel(
               first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
               kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, PAGE_SIZE, Q_COLUMNS,
               KV_COLUMNS)),
-            (_consumer, _producer), [4, 1], [240, 24],
+            (_second_consumer_3_5, _producer_3_5), [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
