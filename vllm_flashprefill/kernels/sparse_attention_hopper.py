@@ -198,7 +198,7 @@ def _consumer(
             cleaned += 1
 
         # The rest: every row sees them whole, and all their tokens exist.
-        for tile in range(1, count):
+        for _tile in range(1, count):
             v_slot = step % STAGES
             v_phase = step // STAGES & 1
             step += 1
