@@ -5,7 +5,7 @@ An option is taken from the first of these that names it:
 1. vLLM's ``--additional-config '{"flashprefill": {"alpha": 0.1}}'``
 2. an environment variable, ``FLASHPREFILL_ALPHA=0.1``
 3. code, ``vllm_flashprefill.register(alpha=0.1)``
-4. the preset of the model family (`PRESETS`)
+4. the preset of the model family and head size (`PRESETS`, `PRESETS_BY_HEAD_SIZE`)
 5. the default of `FlashPrefillConfig`
 """
 
@@ -22,15 +22,19 @@ from typing import Any
 BLOCK_SIZE = 128
 
 # alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen2/2.5-7B, Qwen3-30B-A3B,
-# Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199). All of them have heads of 128; a relative with another
-# head size has no published value and gets the default.
-PRESET_HEAD_SIZE = 128
+# Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199). All of them have heads of 128.
 PRESETS: dict[str, dict[str, float]] = {
     "llama": {"alpha": 0.18},
     "qwen2": {"alpha": 0.08},
     "qwen3_moe": {"alpha": 0.12},
     "qwen2_5_vl": {"alpha": 0.10},
     "qwen3_vl_moe": {"alpha": 0.22},
+}
+# A relative with another head size has a preset of its own or gets the default. The one for heads of 64 is
+# measured on SmolLM2-135M with scripts/calibrate.py; see docs/decisions.md.
+PRESETS_BY_HEAD_SIZE: dict[int, dict[str, dict[str, float]]] = {
+    64: {"llama": {"alpha": 0.01}},
+    128: PRESETS,
 }
 
 ENV_PREFIX = "FLASHPREFILL_"
@@ -196,9 +200,7 @@ def _preset(hf_config: Any) -> Mapping[str, Any]:
     text_config = getattr(hf_config, "text_config", None) or hf_config
     heads = getattr(text_config, "num_attention_heads", None)
     head_size = getattr(text_config, "head_dim", None) or (heads and text_config.hidden_size // heads)
-    if head_size != PRESET_HEAD_SIZE:
-        return {}
-    return PRESETS.get(getattr(hf_config, "model_type", None), {})
+    return PRESETS_BY_HEAD_SIZE.get(head_size, {}).get(getattr(hf_config, "model_type", None), {})
 
 
 def _is_number(value: Any) -> bool:
