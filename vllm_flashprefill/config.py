@@ -5,7 +5,7 @@ An option is taken from the first of these that names it:
 1. vLLM's ``--additional-config '{"flashprefill": {"alpha": 0.1}}'``
 2. an environment variable, ``FLASHPREFILL_ALPHA=0.1``
 3. code, ``vllm_flashprefill.register(alpha=0.1)``
-4. the preset of the model family (`PRESETS`)
+4. the preset of the model family and head size (`PRESETS`, `PRESETS_BY_HEAD_SIZE`)
 5. the default of `FlashPrefillConfig`
 """
 
@@ -22,15 +22,19 @@ from typing import Any
 BLOCK_SIZE = 128
 
 # alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen2/2.5-7B, Qwen3-30B-A3B,
-# Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199). All of them have heads of 128; a relative with another
-# head size has no published value and gets the default.
-PRESET_HEAD_SIZE = 128
+# Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199). All of them have heads of 128.
 PRESETS: dict[str, dict[str, float]] = {
     "llama": {"alpha": 0.18},
     "qwen2": {"alpha": 0.08},
     "qwen3_moe": {"alpha": 0.12},
     "qwen2_5_vl": {"alpha": 0.10},
     "qwen3_vl_moe": {"alpha": 0.22},
+}
+# A relative with another head size has a preset of its own or gets the default. The one for heads of 64 is
+# measured on SmolLM2-135M with scripts/calibrate.py; see docs/decisions.md.
+PRESETS_BY_HEAD_SIZE: dict[int, dict[str, dict[str, float]]] = {
+    64: {"llama": {"alpha": 0.01}},
+    128: PRESETS,
 }
 
 ENV_PREFIX = "FLASHPREFILL_"
@@ -193,7 +197,7 @@ def code_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 def preset(model_type: str | None, head_size: int | None) -> Mapping[str, Any]:
     """The preset of a model family, or of its text part; empty if it has none for this head size."""
-    return PRESETS.get((model_type or "").removesuffix("_text"), {}) if head_size == PRESET_HEAD_SIZE else {}
+    return PRESETS_BY_HEAD_SIZE.get(head_size, {}).get((model_type or "").removesuffix("_text"), {})
 
 
 def _preset(hf_config: Any) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_flashprefill import PRESETS, FlashPrefillConfig
-from vllm_flashprefill.config import enabled, log_interval
+from vllm_flashprefill.config import PRESETS_BY_HEAD_SIZE, enabled, log_interval
 
 
 def vllm_config(options=None, model_type="llama", **shape):
@@ -48,13 +48,16 @@ def test_presets_are_for_the_head_size_they_were_published_with():
     text_config = SimpleNamespace(num_attention_heads=32, hidden_size=2048, head_dim=128)
     inner = FlashPrefillConfig.from_vllm(vllm_config(model_type="qwen3_vl_moe", text_config=text_config), {})
     assert inner.alpha == PRESETS["qwen3_vl_moe"]["alpha"]
-    small = vllm_config(num_attention_heads=9, hidden_size=576, head_dim=64)
-    assert FlashPrefillConfig.from_vllm(small, {}) == FlashPrefillConfig()
+    small = vllm_config(num_attention_heads=9, hidden_size=576)
+    assert FlashPrefillConfig.from_vllm(small, {}).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
+    for other in (vllm_config(num_attention_heads=32, hidden_size=2560), vllm_config(model_type="qwen2", head_dim=64)):
+        assert FlashPrefillConfig.from_vllm(other, {}) == FlashPrefillConfig()
 
 
 def test_presets_are_valid_options():
-    for options in PRESETS.values():
-        FlashPrefillConfig(**options)
+    for presets in PRESETS_BY_HEAD_SIZE.values():
+        for options in presets.values():
+            FlashPrefillConfig(**options)
 
 
 @pytest.mark.parametrize(

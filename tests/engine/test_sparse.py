@@ -62,35 +62,40 @@ def test_a_mixed_batch_gives_each_what_it_gets_alone(prompts, alone):
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-NEAR_THE_LIMIT = pytest.mark.xfail(
-    reason="SmolLM2-135M near its 8K limit loses some facts to pruning at the default alpha", strict=False
-)
-
-
-@pytest.mark.parametrize("length", [4096, pytest.param(7500, marks=NEAR_THE_LIMIT)])
+@pytest.mark.parametrize("length", [4096, 7500])
 def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer, capfd):
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    fact = encode("\n\nThe secret code of the blue harbour is 7391.\n\n")
-    question = encode(
-        "\n\nQuestion: What is the secret code of the blue harbour?\nAnswer: The secret code of the blue harbour is"
-    )
+    # Said twice, it is a fact that this model can still find with dense attention near its limit of 8K tokens.
+    name, code = "blue harbour", "7391"
+    fact = f"\n\nThe secret code of the {name} is {code}. Remember it: the secret code of the {name} is {code}.\n\n"
+    question = f"\n\nQuestion: What is the secret code of the {name}?\nAnswer: The secret code of the {name} is"
+    fact, question = encode(fact), encode(question)
     room = length - len(fact) - len(question)
     body = text_ids[:room]
-    prompts = [body[: int(depth * room)] + fact + body[int(depth * room) :] + question for depth in DEPTHS]
-    missed = []
-    with engine({}, dtype="bfloat16") as generate, capfd.disabled():
-        for depth, prompt in zip(DEPTHS, prompts, strict=True):
-            (answer,), stats = generate([(prompt, 6)])
-            found = "7391" in answer["text"]
-            word = "found" if found else "missed"
-            print(f"\n  {length} tokens, fact at {depth:.0%}: density {stats.density:.1%}, {word}", end="")
-            assert stats.density < 0.9
-            if not found:
-                missed.append(prompt)
+    prompts = {d: body[: int(d * room)] + fact + body[int(d * room) :] + question for d in DEPTHS}
+
+    def misses(depths, options):
+        """The depths at which an engine misses the fact.
+
+        Deepest first: each prompt reuses the text before its fact, and its density is of what it computes itself.
+        """
+        missed = []
+        with engine(options, dtype="bfloat16", enable_prefix_caching=True) as generate:
+            for depth in sorted(depths, reverse=True):
+                (answer,), stats = generate([(prompts[depth], 6)])
+                found = code in answer["text"]
+                density = "dense" if options is None else f"density {stats.density:.1%}"
+                print(f"\n  {length} tokens, fact at {depth:.0%}: {density}, {'found' if found else 'missed'}", end="")
+                assert options is None or stats.density < 0.9
+                if not found:
+                    missed.append(depth)
         print()
-    if missed:
-        with engine(dtype="bfloat16") as generate:
-            for prompt in missed:
-                assert "7391" not in generate([(prompt, 6)])[0][0]["text"], "dense finds what sparse missed"
+        return missed
+
+    with capfd.disabled():
+        missed = misses(DEPTHS, {})
+        assert len(missed) < len(DEPTHS), "where nothing is found, nothing is tested"
+        if missed:
+            assert misses(missed, None) == missed, "dense finds what sparse missed"
