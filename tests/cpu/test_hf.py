@@ -20,6 +20,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_flashprefill import PRESETS, FlashPrefillConfig, hf
+from vllm_flashprefill.config import PRESETS_BY_HEAD_SIZE
 from vllm_flashprefill.backend.routing import DenseReason
 from vllm_flashprefill.reference import flash_prefill_ref
 
@@ -334,7 +335,8 @@ def test_each_source_of_options_wins_over_the_next(monkeypatch):
     hf.register()
     assert hf._config("llama", 128).alpha == PRESETS["llama"]["alpha"]
     assert hf._config("qwen2_5_vl_text", 128).alpha == PRESETS["qwen2_5_vl"]["alpha"]
-    assert hf._config("llama", 64) == FlashPrefillConfig()
+    assert hf._config("llama", 64).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
+    assert hf._config("llama", 96) == FlashPrefillConfig()
     hf.unregister()
     hf.register(alpha=0.3, num_sink_blocks=5)
     assert hf._config("llama", 128).alpha == 0.3
