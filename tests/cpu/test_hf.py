@@ -20,8 +20,8 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_flashprefill import PRESETS, FlashPrefillConfig, hf
-from vllm_flashprefill.config import PRESETS_BY_HEAD_SIZE
 from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill.config import PRESETS_BY_HEAD_SIZE
 from vllm_flashprefill.reference import flash_prefill_ref
 
 # Prunes wherever it may, so that a wrong mask, scale or position shows.
