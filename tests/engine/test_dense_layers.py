@@ -1,10 +1,8 @@
 """Layers that are not eligible take vLLM's own path, with its own result, and are counted by reason."""
 
-import gc
-
 import pytest
 import torch
-from conftest import answer, assert_same, engine_arguments, vllm_version
+from conftest import answer, assert_same, engine_arguments, free_engine, vllm_version
 
 import vllm_flashprefill
 
@@ -84,7 +82,7 @@ def run(folder, sparse, **changes):
         return answer(llm, [(PROMPT, 4)]), vllm_flashprefill.stats()
     finally:
         del llm
-        gc.collect()
+        free_engine()
         vllm_flashprefill.revert()
 
 
