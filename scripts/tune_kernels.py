@@ -32,9 +32,11 @@ def main() -> None:
         tflop = stages.kept_blocks() * 4 * 128 * 128 * args.head_size / 1e12
         print(f"{tokens} tokens, d{args.head_size}, page size {args.page_size}, density {density:.3%}", flush=True)
         if "select" in args.what:
-            for block_n, warps, num_stages, per_sm in itertools.product((64, 128), (4, 8), (3,), (1, 2, 3)):
+            registers = {1: None, 2: None, 3: 168, 4: 128}
+            for block_n, warps, num_stages, per_sm in itertools.product((64, 128), (4, 8), (1, 2, 3), registers):
                 try:
-                    launch = SelectConfig(block_n, warps, num_stages, per_sm)
+                    limit = registers[per_sm] if warps == 4 else None
+                    launch = SelectConfig(block_n, warps, num_stages, per_sm, limit)
                     ms = do_bench(functools.partial(stages.select, launch), return_mode="median", warmup=10, rep=40)
                     print(f"  {ms:8.3f} ms {launch}", flush=True)
                 except Exception as error:

@@ -54,6 +54,8 @@ def bad_calls(device):
         calls += [
             ("q", lambda: flash_prefill(q.float(), k.float(), v.float())),
             ("q", lambda: flash_prefill(q[..., :48], k[..., :48], v[..., :48])),
+            ("q", lambda: flash_prefill(q.clone().requires_grad_(), k, v)),
+            ("v", lambda: flash_prefill(q, k, v.clone().requires_grad_())),
         ]
     return calls + bad_paged_calls(q[0, :288], elsewhere)
 

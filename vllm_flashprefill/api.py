@@ -288,6 +288,9 @@ def _check_heads(
         raise ValueError(f"q: head dim must be one of {HEAD_SIZES}, not {q.shape[-1]}")
     if q.stride(-1) != 1:
         raise ValueError("q: its last dimension must be contiguous")
+    for name, x in zip(("q", *names), (q, k, v), strict=True):
+        if q.device.type != "cpu" and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires a gradient, which the kernels do not give; call under torch.no_grad()")
     for name, x in zip(names, (k, v), strict=True):
         if x.dtype not in (dtypes or (q.dtype,)):
             raise ValueError(f"{name}: dtype is {x.dtype}, q's is {q.dtype}")

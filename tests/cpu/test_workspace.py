@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,16 +51,19 @@ def test_reserving_only_grows():
 def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, chunk, list_bytes):
     """One request of the longest length, whole prompts beside it."""
     sequences = [Sequence(chunk, context_len, context_len + chunk), *(Sequence(n, 0, n) for n in whole)]
-    schedule = schedule_sequences(sequences, num_heads=num_heads, num_dense_tail_blocks=2, device=CPU)
-    longest = max(sequence.context_len + sequence.query_len for sequence in sequences)
-    reserved = scratch_bytes(
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=64,
-        max_query_tokens=max(chunk + sum(whole), 2048),
-        max_seq_len=longest,
-        device=CPU,
+    schedule = schedule_sequences(
+        sequences, num_heads=num_heads, num_dense_tail_blocks=2, device=CPU, list_bytes=list_bytes
     )
+    longest = max(sequence.context_len + sequence.query_len for sequence in sequences)
+    with mock.patch("vllm_flashprefill.kernels.workspace.LIST_BYTES", list_bytes):
+        reserved = scratch_bytes(
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_size=64,
+            max_query_tokens=max(chunk + sum(whole), 2048),
+            max_seq_len=longest,
+            device=CPU,
+        )
     workspace = Workspace(CPU)
     workspace.reserve(reserved)
     wanted = [

@@ -59,7 +59,8 @@ class DeviceCounts:
             if new_visible:
                 recorder().add_sparse(0, new_kept, new_visible, selection=0.0, attention=0.0)
                 self._reported = kept, visible
-            return visible == self._visible_blocks
+            # More, where a layer failed between the selection that counted and its end.
+            return visible >= self._visible_blocks
 
     def _report_as_it_arrives(self) -> None:
         while True:

@@ -44,7 +44,7 @@ class SelectConfig:
 
 
 # (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
-# Only Hopper's d128 rows are measured so far (docs/performance.md); the others are chosen to fit.
+# Only Hopper's rows are measured so far (docs/performance.md); the others are chosen to fit.
 ATTENTION = {
     ("ampere", 64): AttentionConfig(64, 4, 3, by_head=True),
     ("ampere", 128): AttentionConfig(64, 8, 2, by_head=True),

@@ -379,4 +379,5 @@ def _fits(launch: AttentionConfig, q: torch.Tensor, matrix: _Matrix | None, page
         return False
     if launch.gluon:
         return not fp8 and _sparse_attention_hopper_kernel is not None and _as_matrix(q) is not None
-    return matrix.rows_per_head == 0
+    # Heads beside each other: neither one below the other nor one for all.
+    return matrix.columns_per_head == q.shape[-1]

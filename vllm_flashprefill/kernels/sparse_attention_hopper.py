@@ -260,7 +260,7 @@ def _producer_3_5(consumer_args, producer_args):
 @gluon.jit(
     do_not_specialize=[
         "first_item", "num_dense_items", "num_pairs", "q_rows_per_batch", "q_rows_per_head", "kv_rows_per_batch",
-        "kv_rows_per_head", "stride_table",
+        "kv_rows_per_head", "stride_table", "next_ptr",
     ]
 )  # fmt: skip
 def _sparse_attention_hopper_kernel(
