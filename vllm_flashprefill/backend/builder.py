@@ -11,6 +11,7 @@ import torch
 from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
 from vllm_flashprefill.backend.stats import recorder
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.kernels.schedule import upload
 from vllm_flashprefill.plan import EMPTY_PLAN, StepPlan, plan_step
 
 
@@ -102,14 +103,14 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | tor
     device = common.query_start_loc.device
     query_start_loc_cpu = torch.from_numpy(new_starts).to(common.query_start_loc_cpu.dtype)
     requests_cpu = torch.from_numpy(requests)
-    requests_device = _upload(requests_cpu, device)
+    requests_device = upload(requests_cpu, device)
     if len(row_numbers) and row_numbers[-1] - row_numbers[0] + 1 == len(row_numbers):
         rows = slice(int(row_numbers[0]), int(row_numbers[-1]) + 1)
     else:
-        rows = _upload(torch.from_numpy(row_numbers), device)
+        rows = upload(torch.from_numpy(row_numbers), device)
     seq_lens_cpu = common.seq_lens_cpu[requests_cpu]
     changes = dict(
-        query_start_loc=_upload(query_start_loc_cpu, device),
+        query_start_loc=upload(query_start_loc_cpu, device),
         query_start_loc_cpu=query_start_loc_cpu,
         seq_lens=common.seq_lens[requests_device],
         seq_lens_cpu=seq_lens_cpu,
@@ -123,10 +124,3 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | tor
     )
     known = {field.name for field in dataclasses.fields(common)}
     return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows
-
-
-def _upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        # From pageable memory the driver may wait for the stream.
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)

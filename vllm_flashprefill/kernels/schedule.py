@@ -128,7 +128,8 @@ def schedule_sequences(
         slabs.append(Slab(first, last - first, int(is_dense[first:last].sum()), int(ends[last - 1]) - used))
         first, used = last, int(ends[last - 1])
 
-    uploaded = _upload(np.concatenate([requests.ravel(), items.ravel(), np.zeros(1, dtype=np.int32)]), device)
+    values = np.concatenate([requests.ravel(), items.ravel(), np.zeros(1, dtype=np.int32)])
+    uploaded = upload(torch.from_numpy(values), device)
     return Schedule(
         requests=uploaded[: requests.size].view(requests.shape),
         items=uploaded[requests.size : -1].view(items.shape),
@@ -179,8 +180,9 @@ def _current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(values)
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device, without waiting for it."""
     if device.type == "cuda":
+        # From pageable memory the driver may wait for the stream.
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

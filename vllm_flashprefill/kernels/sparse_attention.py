@@ -236,10 +236,11 @@ def sparse_attention(
     page_size = 0 if block_table is None else k.shape[1]
     matrix = _as_matrix(k) if k.stride() == v.stride() and _as_matrix(v) else None
     choices = (launch,) if launch else attention_configs(q.device, head_size)
-    launch = next((c for c in choices if _fits(c, q, matrix, page_size, fp8)), choices[-1])
+    q_matrix = _as_matrix(q)
+    launch = next((c for c in choices if _fits(c, q_matrix, matrix, head_size, page_size, fp8)), choices[-1])
     if launch.gluon:
         _launch_hopper(
-            q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, matrix
+            q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, q_matrix, matrix
         )
         return
     use_tma = launch.tma
@@ -293,10 +294,9 @@ def sparse_attention(
 
 
 def _launch_hopper(
-    q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, matrix
+    q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, q_matrix, matrix
 ) -> None:
     num_heads, head_size = q.shape[2:]
-    q_matrix = _as_matrix(q)
     num_pairs = slab.num_items * num_heads
     layout = tile_layout(k.element_size())
     _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
@@ -371,13 +371,20 @@ def _as_matrix(x: torch.Tensor) -> _Matrix | None:
     return _Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)
 
 
-def _fits(launch: AttentionConfig, q: torch.Tensor, matrix: _Matrix | None, page_size: int, fp8: bool) -> bool:
+def _fits(
+    launch: AttentionConfig,
+    q_matrix: _Matrix | None,
+    matrix: _Matrix | None,
+    head_size: int,
+    page_size: int,
+    fp8: bool,
+) -> bool:
     """Whether a configuration can take these strides, pages and keys."""
     if not launch.tma:
         return True
     if matrix is None or page_size % launch.block_n:
         return False
     if launch.gluon:
-        return not fp8 and _sparse_attention_hopper_kernel is not None and _as_matrix(q) is not None
+        return not fp8 and _sparse_attention_hopper_kernel is not None and q_matrix is not None
     # Heads beside each other: neither one below the other nor one for all.
-    return matrix.columns_per_head == q.shape[-1]
+    return matrix.columns_per_head == head_size

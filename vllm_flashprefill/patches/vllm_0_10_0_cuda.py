@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_flashprefill.backend.cuda_builder import CUDAFlashPrefillBuilderMixin
-from vllm_flashprefill.backend.cuda_impl import CUDAFlashPrefillImplMixin
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttentionCacheBuilderMixin, FlashAttentionCacheImplMixin
 
 
 class FlashPrefillCUDABackend(FlashAttentionBackend):
@@ -26,7 +23,7 @@ class FlashPrefillCUDABackend(FlashAttentionBackend):
         return FlashPrefillCUDAMetadataBuilder
 
 
-class FlashPrefillCUDAMetadataBuilder(CUDAFlashPrefillBuilderMixin, FlashAttentionMetadataBuilder):
+class FlashPrefillCUDAMetadataBuilder(FlashAttentionCacheBuilderMixin, FlashAttentionMetadataBuilder):
     def build(self, *args: Any, **kwargs: Any) -> Any:
         metadata = super().build(*args, **kwargs)
         step = getattr(metadata, "flashprefill", None)
@@ -37,25 +34,6 @@ class FlashPrefillCUDAMetadataBuilder(CUDAFlashPrefillBuilderMixin, FlashAttenti
         # Asked after the step's `build`; False makes vLLM run the step without its full graph.
         return not self._has_sparse and super().can_run_in_cudagraph(common_attn_metadata)
 
-    def new_cache(self, num_pages, page_size, num_kv_heads, head_size, dtype, device) -> torch.Tensor:
-        shape = FlashAttentionBackend.get_kv_cache_shape(num_pages, page_size, num_kv_heads, head_size)
-        order = FlashAttentionBackend.get_kv_cache_stride_order()
-        cache = torch.empty([shape[dim] for dim in order], dtype=dtype, device=device)
-        return cache.permute([order.index(dim) for dim in range(len(order))])
 
-
-class FlashPrefillCUDAImpl(CUDAFlashPrefillImplMixin, FlashAttentionImpl):
-    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
-        flash_attn.reshape_and_cache_flash(
-            key,
-            value,
-            *self.paged_kv(kv_cache),
-            attn_metadata.slot_mapping,
-            self.kv_cache_dtype,
-            layer._k_scale,
-            layer._v_scale,
-        )
-
-    def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k_cache, v_cache = kv_cache.unbind(0)
-        return k_cache, v_cache
+class FlashPrefillCUDAImpl(FlashAttentionCacheImplMixin, FlashAttentionImpl):
+    pass

@@ -1,0 +1,35 @@
+"""FlashAttention's KV cache in vLLM 0.10.0 and 0.12.0: [2, num_pages, page_size, G, D], written in `forward`."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backends import flash_attn
+
+from vllm_flashprefill.backend.cuda_builder import CUDAFlashPrefillBuilderMixin
+from vllm_flashprefill.backend.cuda_impl import CUDAFlashPrefillImplMixin
+
+
+class FlashAttentionCacheBuilderMixin(CUDAFlashPrefillBuilderMixin):
+    def new_cache(self, num_pages, page_size, num_kv_heads, head_size, dtype, device) -> torch.Tensor:
+        backend = flash_attn.FlashAttentionBackend
+        shape = backend.get_kv_cache_shape(num_pages, page_size, num_kv_heads, head_size)
+        order = backend.get_kv_cache_stride_order()
+        cache = torch.empty([shape[dim] for dim in order], dtype=dtype, device=device)
+        return cache.permute([order.index(dim) for dim in range(len(order))])
+
+
+class FlashAttentionCacheImplMixin(CUDAFlashPrefillImplMixin):
+    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
+        flash_attn.reshape_and_cache_flash(
+            key,
+            value,
+            *self.paged_kv(kv_cache),
+            attn_metadata.slot_mapping,
+            self.kv_cache_dtype,
+            layer._k_scale,
+            layer._v_scale,
+        )
+
+    def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k_cache, v_cache = kv_cache.unbind(0)
+        return k_cache, v_cache
