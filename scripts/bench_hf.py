@@ -1,6 +1,6 @@
 """Time the prefill of Hugging Face models: transformers' sdpa beside "flashprefill"; append a row a length to a CSV.
 
-Two models: SmolLM2-135M on real text, with the default alpha, and a Llama of the 8B shape with random weights. Random
+Two models: SmolLM2-135M on real text, with its preset, and a Llama of the 8B shape with random weights. Random
 weights have nothing to prune, so there alpha is searched for the published density: the time is that of a prompt
 with so much to prune, the output means nothing. Each model is checked first: at alpha 0 its logits may differ from
 sdpa's at most twice as much as those of sdpa's math backend do. A model whose check fails has no speedup.
@@ -12,11 +12,8 @@ sdpa's at most twice as much as those of sdpa's math backend do. A model whose c
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import os
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from unittest import mock
@@ -25,11 +22,12 @@ import torch
 import transformers
 from generate import MODEL, make_prompts
 from kernel_data import DENSITY
+from results_csv import append_row, commit_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_flashprefill import hf
 from vllm_flashprefill.api import flash_prefill
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
 
 TOKENS = {"smollm2": [2048, 4096, 8192], "llama-8b": [4096, 8192, 16384, 32768, 65536, 131072]}
 LLAMA_8B = dict(
@@ -113,6 +111,11 @@ class Bench:
             low, high = (middle, high) if kept >= density * visible else (low, middle)
         return low
 
+    def default_alpha(self) -> float:
+        config = self.model.config
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return FlashPrefillConfig.from_options(env_options(), preset(config.model_type, head_size)).alpha
+
     def median_ms(self, ids: torch.Tensor, implementation: str) -> float:
         def timed() -> float:
             synchronize(self.device)
@@ -149,18 +152,14 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(TOKENS), default=list(TOKENS))
     parser.add_argument("--tokens", type=int, nargs="+", help="default: each model's own")
     parser.add_argument("--layers", type=int, help="layers of the 8B shape; default: 32")
-    parser.add_argument("--alpha", type=float, help="default: searched for the 8B shape, the default for SmolLM2")
+    parser.add_argument("--alpha", type=float, help="default: searched for the 8B shape, SmolLM2's preset")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--commit", default=None)
     parser.add_argument("--csv", type=Path, help="default: scripts/results/hf.csv, on a GPU only")
     args = parser.parse_args()
     if args.csv is None and args.device == "cuda":
         args.csv = Path(__file__).parent / "results/hf.csv"
-    commit = (
-        args.commit
-        or os.environ.get("COMMIT")
-        or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    )
+    commit = commit_name(args.commit)
     for name in args.model:
         if name == "smollm2" and not MODEL.exists():
             print(f"{name}: left out, {MODEL} is not there; scripts/fetch_model.py fetches it")
@@ -195,7 +194,7 @@ def main() -> None:
                 model=name,
                 layers=bench.layers,
                 tokens=tokens,
-                alpha=round(FlashPrefillConfig.from_env().alpha if alpha is None else alpha, 5),
+                alpha=round(bench.default_alpha() if alpha is None else alpha, 5),
                 density=round(done.density, 5),
                 check=check,
                 sdpa_ms=round(sdpa, 3),
@@ -203,13 +202,7 @@ def main() -> None:
                 speedup=round(sdpa / flash, 2) if check == "passed" else None,
             )
             if args.csv:
-                args.csv.parent.mkdir(parents=True, exist_ok=True)
-                new = not args.csv.exists()
-                with args.csv.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, row, lineterminator="\n")
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                append_row(args.csv, row)
             print({key: row[key] for key in list(row)[6:]}, flush=True)
         hf.unregister()
         del bench

@@ -10,18 +10,16 @@ the kernel kept, and the kept blocks against the reference's scores. A row whose
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import datetime
 import functools
 import itertools
-import os
-import subprocess
 from pathlib import Path
 
 import torch
 import triton
 from kernel_data import DENSITY, structured_qkv
+from results_csv import append_row, commit_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
@@ -297,22 +295,12 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to name in the rows (default: $COMMIT, else git's)")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/kernels.csv")
     args = parser.parse_args()
-    commit = (
-        args.commit
-        or os.environ.get("COMMIT")
-        or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    )
+    commit = commit_name(args.commit)
     for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:
         if args.tokens and sum(case.lengths) not in args.tokens:
             continue
         row = measure(case, commit)
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(args.csv, row)
         print({key: row[key] for key in list(row)[5:]}, flush=True)
         torch.cuda.empty_cache()
 
