@@ -78,12 +78,15 @@ def make_batch(
     dtype=torch.float16,
     kv_dtype=None,
     kv_scales="none",
+    heads_first=False,
+    fused_qkv=False,
     device="cpu",
     seed=0,
     config,
     slab_bytes=None,
 ):
-    """kv_dtype: the e4m3 dtype of the cache, if it is one. kv_scales: its scales, "none", "one" or one a "head"."""
+    """kv_dtype: the e4m3 dtype of the cache, if it is one. kv_scales: its scales, "none", "one" or one a "head".
+    heads_first: pages hold head after head. fused_qkv: q is a part of the rows of one projection's output."""
     device = torch.device(device)
     parts = [
         structured(
@@ -92,6 +95,10 @@ def make_batch(
         for n, r in enumerate(requests)
     ]
     q = torch.cat([part[0] for part in parts])
+    if fused_qkv:
+        qkv = q.new_full((len(q), heads + 2 * kv_heads, dim), torch.nan)
+        qkv[:, :heads] = q
+        q = qkv[:, :heads]
     block_table, sequences, query_start, kv_start = None, [], 0, 0
     for row, request in enumerate(requests):
         sequences.append(
@@ -114,8 +121,8 @@ def make_batch(
             for part, k, v in zip(parts, keys, values, strict=True)
         ]
     if page_size:
-        k, block_table = paged(keys, page_size, seed=seed)
-        v, _ = paged(values, page_size, seed=seed)
+        k, block_table = paged(keys, page_size, seed=seed, heads_first=heads_first)
+        v, _ = paged(values, page_size, seed=seed, heads_first=heads_first)
     else:
         k, v = torch.cat(keys)[None], torch.cat(values)[None]
     if kv_dtype is not None:
@@ -133,7 +140,7 @@ def quantised(x, scale):
     return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def paged(sequences, page_size, *, seed):
+def paged(sequences, page_size, *, seed, heads_first):
     """Lay [S, G, D] sequences out on shuffled pages; every slot that holds no token is NaN, in e4m3 codes too."""
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-len(sequence) // page_size) for sequence in sequences]
@@ -141,7 +148,11 @@ def paged(sequences, page_size, *, seed):
     like = sequences[0]
     # As vLLM's cache [2, pages, ...] seen through one index: pages are strided views.
     nan = 0x7F if like.dtype == torch.uint8 else torch.nan
-    cache = like.new_full((len(order), 2, page_size, *like.shape[1:]), nan)[:, 0]
+    num_heads, dim = like.shape[1:]
+    if heads_first:
+        cache = like.new_full((len(order), 2, num_heads, page_size, dim), nan)[:, 0].transpose(1, 2)
+    else:
+        cache = like.new_full((len(order), 2, page_size, num_heads, dim), nan)[:, 0]
     # Part of a wider table, as vLLM's; what is no page of a sequence is not to be followed.
     table = torch.full((len(sequences), max(counts) + 5), 1 << 30, dtype=torch.int32)
     used = 0

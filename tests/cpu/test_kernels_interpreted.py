@@ -17,7 +17,7 @@ GROUPS = {
         "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
         "chunks_at_alpha_0": (0.0, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
         "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
-        "pages_of_256": (0.3, "page_size=256, requests=[Request(260, 640)]"),
+        "pages_of_256": (0.3, "page_size=256, requests=[Request(260, 640)], heads_first=True, fused_qkv=True"),
     },
     "plain": {
         "ragged": (0.3, "requests=[Request(1100), Request(128), Request(1), Request(257)]"),

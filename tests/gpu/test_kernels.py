@@ -96,6 +96,28 @@ def test_grouped_heads(heads, kv_heads):
         check_all(batch, config, SCALE)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_caches_with_heads_before_tokens_and_fused_queries(page_size, dim):
+    config = sparse_config()
+    batch = make_batch(
+        [Request(2000), Request(129, 640), Request(700, 1300, 1000)], page_size=page_size, heads=8, dim=dim,
+        dtype=torch.bfloat16, heads_first=True, fused_qkv=True, device="cuda", config=config,
+    )  # fmt: skip
+    check_all(batch, config, SCALE)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_expanded_heads(dim):
+    """KV heads that are one in memory."""
+    config = sparse_config()
+    q, k, v = structured(2000, 2000, heads=4, kv_heads=1, dim=dim, dtype=torch.bfloat16, device="cuda", seed=0)
+    expanded = [x[None].expand(1, -1, 2, -1) for x in (k, v)]
+    out = flash_prefill(q[None], *expanded, config=config)
+    expected = flash_prefill(q[None], *(x.contiguous() for x in expanded), config=config)
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1500])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_lengths(length, alpha):
