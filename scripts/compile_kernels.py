@@ -95,7 +95,11 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 config = table.get((generation, head_size))
                 if config is None or kernel is None or (config.gluon and is_fp8):
                     continue
-                if config.tma and (sparse_attention.TensorDescriptor is None or page_size % config.block_n):
+                if config.tma and sparse_attention.TensorDescriptor is None:
+                    continue
+                if config.gluon:
+                    paged["BOX"] = sparse_attention.box_rows(page_size, 128)
+                elif config.tma and page_size % config.block_n:
                     continue
                 descriptors = () if config.tma else ("k_desc", "v_desc")
                 yield case(
@@ -144,11 +148,10 @@ def compile_case(case: Case):
 
 
 def descriptor_type(case: Case, name: str, is_gluon: bool) -> str:
-    shape = [case.values["BLOCK_N"], case.values["HEAD_SIZE"]]
+    head_size = case.values["HEAD_SIZE"]
     if not is_gluon:
-        return f"tensordesc<{case.kv_dtype}{shape}>"
-    if name == "q_desc":
-        shape[0] //= 2
+        return f"tensordesc<{case.kv_dtype}{[case.values['BLOCK_N'], head_size]}>"
+    shape = [64, head_size] if name == "q_desc" else [case.values["BOX"], sparse_attention.PANEL]
     return f"tensordesc<{case.kv_dtype}{shape},{sparse_attention.tile_layout(2)!r}>"
 
 

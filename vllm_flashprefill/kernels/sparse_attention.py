@@ -22,7 +22,12 @@ except ImportError:  # Triton before 3.4
 try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    from vllm_flashprefill.kernels.sparse_attention_hopper import _sparse_attention_hopper_kernel, tile_layout
+    from vllm_flashprefill.kernels.sparse_attention_hopper import (
+        PANEL,
+        _sparse_attention_hopper_kernel,
+        box_rows,
+        tile_layout,
+    )
 except ImportError:  # Triton before 3.5
     _sparse_attention_hopper_kernel = None
 
@@ -299,12 +304,13 @@ def _launch_hopper(
     num_heads, head_size = q.shape[2:]
     num_pairs = slab.num_items * num_heads
     layout = tile_layout(k.element_size())
+    box = box_rows(page_size, BLOCK_SIZE)
     _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
         out,
         # A warpgroup's half of a query block.
         GluonDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
-        GluonDescriptor(k, matrix.shape, matrix.strides, [BLOCK_SIZE, head_size], layout),
-        GluonDescriptor(v, matrix.shape, matrix.strides, [BLOCK_SIZE, head_size], layout),
+        GluonDescriptor(k, matrix.shape, matrix.strides, [box, PANEL], layout),
+        GluonDescriptor(v, matrix.shape, matrix.strides, [box, PANEL], layout),
         block_table,
         schedule.requests,
         schedule.items,
@@ -327,6 +333,7 @@ def _launch_hopper(
         GROUP=num_heads // k.shape[2],
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
+        BOX=box,
         PAGE_SIZE=page_size,
         Q_COLUMNS=q_matrix.columns_per_head,
         KV_COLUMNS=matrix.columns_per_head,
@@ -382,9 +389,11 @@ def _fits(
     """Whether a configuration can take these strides, pages and keys."""
     if not launch.tma:
         return True
-    if matrix is None or page_size % launch.block_n:
+    if matrix is None:
         return False
     if launch.gluon:
         return not fp8 and _sparse_attention_hopper_kernel is not None and q_matrix is not None
+    if page_size % launch.block_n:
+        return False
     # Heads beside each other: neither one below the other nor one for all.
     return matrix.columns_per_head == head_size

@@ -1,9 +1,10 @@
 """Stage 4 on Hopper, in Gluon: one warp loads tiles, two warpgroups attend to half a query block each.
 
-A tile is a whole key block, brought by the tensor copy engine into one of two buffers. Each warpgroup issues the
-scores of the next tile and the values' product of this one together and takes the softmax of the former while the
-latter runs; the other warpgroup's products fill the tensor cores meanwhile. Programs stay on their multiprocessor
-and take (query block, head) pairs from a counter, so the loads of the next pair run under the end of this one.
+A tile is a whole key block, brought by the tensor copy engine, page by page, into one of two buffers. Each warpgroup
+issues the scores of the next tile and the values' product of this one together and takes the softmax of the former
+while the latter runs; the other warpgroup's products fill the tensor cores meanwhile. Programs stay on their
+multiprocessor and take (query block, head) pairs from a counter, so the loads of the next pair run under the end of
+this one.
 
 The query's own block is a pair's first tile, since it alone needs a mask.
 """
@@ -11,6 +12,7 @@ The query's own block is a pair's first tile, since it alone needs a mask.
 from __future__ import annotations
 
 import inspect
+import math
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,6 +29,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 _TRITON_3_5 = gl.constexpr("default_partition" in inspect.signature(gl.warp_specialize).parameters)
 
 STAGES = gl.constexpr(2)
+
+
+# Columns of a swizzled row, 128 bytes.
+PANEL = 64
+
+
+def box_rows(page_size: int, block_size: int) -> int:
+    """Rows of k and v that one copy brings: a part of a page that is a part of a block; page_size 0 for no pages."""
+    return math.gcd(page_size, block_size)
 
 
 def tile_layout(element_size: int) -> gl.NVMMASharedLayout:
@@ -47,18 +58,43 @@ def _pair(work, num_dense_items, num_pairs, NUM_HEADS: gl.constexpr, GROUP: gl.c
 
 
 @gluon.jit
-def _tile_row(
-    list_ptr, tile, query_block, table_row_ptr, first_row, rows_per_page, BLOCK: gl.constexpr, PAGE_SIZE: gl.constexpr
-):
-    """First row of a tile in k and v as matrices. Tile 0 is the query's own block, tile t the list's entry t - 1."""
+def _tile_block(list_ptr, tile, query_block):
+    """The key block of a tile. Tile 0 is the query's own block, tile t the list's entry t - 1."""
     block = query_block
     if tile > 0:
         block = gl.load(list_ptr + tile - 1)
-    if PAGE_SIZE > 0:
-        page = gl.load(table_row_ptr + block * BLOCK // PAGE_SIZE)
-        return first_row + page * rows_per_page + block * BLOCK % PAGE_SIZE
-    else:
-        return first_row + block * BLOCK
+    return block
+
+
+@gluon.jit
+def _box_rows(
+    block, table_row_ptr, first_row, rows_per_page, seq_len,
+    BLOCK: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """First rows, in k and v as matrices, of a block's boxes; 0 for a box that starts past the sequence."""
+    # Triton unpacks no tuples.
+    rows = ()
+    for n in gl.static_range(BLOCK // BOX):
+        token = block * BLOCK + n * BOX
+        if PAGE_SIZE > 0:
+            page = gl.load(table_row_ptr + token // PAGE_SIZE, mask=token < seq_len, other=0)
+            rows = rows + (first_row + page * rows_per_page + token % PAGE_SIZE,)  # noqa: RUF005
+        else:
+            rows = rows + (first_row + token,)  # noqa: RUF005
+    return rows
+
+
+@gluon.jit
+def _copy_tile(desc, rows, column, ready, buffer, BLOCK: gl.constexpr, BOX: gl.constexpr, HEAD_SIZE: gl.constexpr):
+    """Bring a tile's boxes, [BOX, PANEL] each, to their places in it: panels of columns lie one after another."""
+    PANEL: gl.constexpr = desc.block_type.shape[1]
+    gl.static_assert(desc.block_type.shape[0] == BOX)
+    panels = buffer._reinterpret(buffer.dtype, [HEAD_SIZE // PANEL * BLOCK, PANEL], buffer.layout)
+    mbarrier.expect(ready, BLOCK * HEAD_SIZE * buffer.dtype.primitive_bitwidth // 8)
+    for n in gl.static_range(BLOCK // BOX):
+        for panel in gl.static_range(HEAD_SIZE // PANEL):
+            place = panels.slice(panel * BLOCK + n * BOX, BOX, dim=0)
+            tma.async_copy_global_to_shared(desc, [rows[n], column + panel * PANEL], ready, place)
 
 
 @gluon.jit
@@ -67,11 +103,10 @@ def _producer(
     first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch, kv_rows_per_head,
     stride_table, shared,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
+    BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = shared
     q_bytes: gl.constexpr = 2 * q_desc.block_type.nbytes
-    tile_bytes: gl.constexpr = k_desc.block_type.nbytes
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     work = gl.program_id(0)
     done = 0
@@ -93,9 +128,11 @@ def _producer(
             table_row_ptr += gl.load(request_ptr + 5).to(gl.int64) * stride_table
         else:
             first_row += batch * kv_rows_per_batch + gl.load(request_ptr + 4)
+        context_len = gl.load(request_ptr + 3)
+        seq_len = context_len + gl.load(request_ptr + 2)
         # May lie before or past the chunk's rows: what is loaded there is never stored.
         q_row = batch * q_rows_per_batch + head * q_rows_per_head + gl.load(request_ptr + 1)
-        q_row += query_block * BLOCK - gl.load(request_ptr + 3)
+        q_row += query_block * BLOCK - context_len
 
         mbarrier.wait(q_free, (done + 1) & 1)
         pair_buffer.store(gl.full([1], pair, gl.int32, one))
@@ -105,28 +142,24 @@ def _producer(
         tma.async_copy_global_to_shared(q_desc, [q_row + BLOCK // 2, head * Q_COLUMNS], q_ready, q_buffers.index(1))
 
         # Keys of tile t, then values of tile t - 1: the order in which they are needed.
-        v_row = 0
-        k_row = _tile_row(list_ptr, 0, query_block, table_row_ptr, first_row, kv_rows_per_batch, BLOCK, PAGE_SIZE)
+        v_block = query_block
+        k_block = query_block
         for tile in range(0, count + 1):
-            slot = step % STAGES
-            phase = (step // STAGES + 1) & 1
             if tile < count:
-                mbarrier.wait(k_free.index(slot), phase)
-                mbarrier.expect(k_ready.index(slot), tile_bytes)
-                tma.async_copy_global_to_shared(k_desc, [k_row, column], k_ready.index(slot), k_buffers.index(slot))
-            next_row = k_row
+                slot = step % STAGES
+                rows = _box_rows(k_block, table_row_ptr, first_row, kv_rows_per_batch, seq_len, BLOCK, BOX, PAGE_SIZE)
+                mbarrier.wait(k_free.index(slot), (step // STAGES + 1) & 1)
+                _copy_tile(k_desc, rows, column, k_ready.index(slot), k_buffers.index(slot), BLOCK, BOX, HEAD_SIZE)
+            next_block = k_block
             if tile + 1 < count:
-                next_row = _tile_row(
-                    list_ptr, tile + 1, query_block, table_row_ptr, first_row, kv_rows_per_batch, BLOCK, PAGE_SIZE
-                )
+                next_block = _tile_block(list_ptr, tile + 1, query_block)
             if tile > 0:
                 slot = (step - 1) % STAGES
-                phase = ((step - 1) // STAGES + 1) & 1
-                mbarrier.wait(v_free.index(slot), phase)
-                mbarrier.expect(v_ready.index(slot), tile_bytes)
-                tma.async_copy_global_to_shared(v_desc, [v_row, column], v_ready.index(slot), v_buffers.index(slot))
-            v_row = k_row
-            k_row = next_row
+                rows = _box_rows(v_block, table_row_ptr, first_row, kv_rows_per_batch, seq_len, BLOCK, BOX, PAGE_SIZE)
+                mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES + 1) & 1)
+                _copy_tile(v_desc, rows, column, v_ready.index(slot), v_buffers.index(slot), BLOCK, BOX, HEAD_SIZE)
+            v_block = k_block
+            k_block = next_block
             step += 1
         step -= 1
 
@@ -290,14 +323,15 @@ def _sparse_attention_hopper_kernel(
     GROUP: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
     BLOCK: gl.constexpr,
+    BOX: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     Q_COLUMNS: gl.constexpr,
     KV_COLUMNS: gl.constexpr,
 ):
     dtype: gl.constexpr = k_desc.dtype
     q_buffers = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, HEAD_SIZE], q_desc.layout)
-    k_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_SIZE], k_desc.layout)
-    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_SIZE], v_desc.layout)
+    k_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_SIZE], q_desc.layout)
+    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_SIZE], q_desc.layout)
     pair_buffer = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -328,8 +362,8 @@ def _sparse_attention_hopper_kernel(
               gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK),
              (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
               first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
-              kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, PAGE_SIZE, Q_COLUMNS,
-              KV_COLUMNS)),
+              kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE,
+              Q_COLUMNS, KV_COLUMNS)),
             (_second_consumer_3_5, _producer_3_5), [4, 1], [240, 24],
         )
     else:
@@ -341,7 +375,7 @@ def _sparse_attention_hopper_kernel(
              (_producer, (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
                           next_ptr, first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head,
                           kv_rows_per_batch, kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE,
-                          BLOCK, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
+                          BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
             [4, 1], [240, 24],
         )
     # fmt: on
