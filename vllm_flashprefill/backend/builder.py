@@ -44,28 +44,41 @@ class FlashPrefillBuilderMixin:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.watch_model_runners()
+        self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
+
+    def watch_model_runners(self) -> None:
+        """Have this vLLM's model runners say how long prompts are."""
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-        super().__init__(*args, **kwargs)
         watch(GPUModelRunner)
-        self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         recorder().step_done()
         # A draft model's metadata is what vLLM builds fast, and alters from draft to draft: a plan would not follow.
-        if not fast_build and getattr(common_attn_metadata, "causal", True):
+        if not fast_build and self._can_plan(common_attn_metadata):
             metadata.flashprefill = self._plan_step(common_attn_metadata)
         return metadata
 
+    def _can_plan(self, common: Any) -> bool:
+        # Attention may be causal for all requests, none, or by request.
+        if getattr(common, "causal", True) is not True or getattr(common, "mm_req_doc_ranges", None) is not None:
+            return False
+        # A context-parallel builder keeps the whole batch's lengths in a buffer, which metadata of a part would spoil.
+        return getattr(self, "dcp_world_size", 1) == 1
+
     def _plan_step(self, common: Any) -> FlashPrefillStep | None:
         num_reqs = common.num_reqs
+        query_start_loc = common.query_start_loc_cpu[: num_reqs + 1].numpy()
+        seq_lens = host_seq_lens(common)[:num_reqs].numpy()
         try:
             plan = plan_step(
-                common.query_start_loc_cpu[: num_reqs + 1].numpy(),
-                common.seq_lens_cpu[:num_reqs].numpy(),
+                query_start_loc,
+                seq_lens,
                 self.flashprefill_config,
-                prompt_lengths(common.num_computed_tokens_cpu[:num_reqs].numpy()),
+                prompt_lengths(seq_lens - np.diff(query_start_loc)),
             )
         except ValueError:
             # A dummy batch (an idle data-parallel rank's) need not describe requests.
@@ -83,6 +96,16 @@ class FlashPrefillBuilderMixin:
             part: the ``CommonAttentionMetadata`` of those requests alone.
         """
         return super().build(0, part)
+
+
+def host_seq_lens(common: Any) -> torch.Tensor:
+    """[num_reqs] int32 on the CPU, tokens of each request up to and including this step.
+
+    Exact for prefills. Newer versions of vLLM may not know on the host how many drafted tokens were accepted; their
+    bound counts all of them, and what counts as exact there must be copied from the device, which would be waited for.
+    """
+    bound = getattr(common, "seq_lens_cpu_upper_bound", None)
+    return common.seq_lens_cpu if bound is None else bound
 
 
 def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | torch.Tensor]:
@@ -108,13 +131,18 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | tor
         rows = slice(int(row_numbers[0]), int(row_numbers[-1]) + 1)
     else:
         rows = upload(torch.from_numpy(row_numbers), device)
-    seq_lens_cpu = common.seq_lens_cpu[requests_cpu]
+    seq_lens_cpu = host_seq_lens(common)[requests_cpu]
+    num_computed_tokens_cpu = seq_lens_cpu - torch.from_numpy(lens).to(seq_lens_cpu.dtype)
     changes = dict(
         query_start_loc=upload(query_start_loc_cpu, device),
         query_start_loc_cpu=query_start_loc_cpu,
         seq_lens=common.seq_lens[requests_device],
         seq_lens_cpu=seq_lens_cpu,
-        num_computed_tokens_cpu=common.num_computed_tokens_cpu[requests_cpu],
+        _seq_lens_cpu=seq_lens_cpu,
+        seq_lens_cpu_upper_bound=seq_lens_cpu,
+        num_computed_tokens_cpu=num_computed_tokens_cpu,
+        _num_computed_tokens_cpu=num_computed_tokens_cpu,
+        _num_computed_tokens_cache=None,
         num_reqs=len(requests),
         num_actual_tokens=int(new_starts[-1]),
         max_query_len=int(lens.max()),
@@ -122,5 +150,9 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | tor
         block_table_tensor=common.block_table_tensor[requests_device],
         slot_mapping=common.slot_mapping[rows],
     )
+    if getattr(common, "is_prefilling", None) is not None:
+        changes["is_prefilling"] = common.is_prefilling[requests_cpu]
+    if getattr(common, "positions", None) is not None:
+        changes["positions"] = common.positions[rows]
     known = {field.name for field in dataclasses.fields(common)}
     return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows

@@ -1,64 +1,98 @@
 """How long each request's prefill is, which vLLM's attention metadata does not say.
 
 The dense tail belongs to the prompt, not to the chunk, so a step's plan needs to know where each prompt ends.
-vLLM's model runner knows: its input batch holds the tokens known of each request. `watch` makes the runner
-leave its input batch here at every step, and the metadata builder reads it through `prompt_lengths`.
+vLLM's model runners know. `watch` makes a runner leave here, at every step, the object that says it, and the metadata
+builder reads it through `prompt_lengths`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-_input_batch: Any = None
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model runner knows lengths.
+
+    Attributes:
+        method: one that runs once a step, after the batch is known and before metadata is built.
+        batch: (runner, what the method returned) to the object that knows; the runner itself must not be kept alive.
+        lengths: that object, when metadata is built, to (tokens computed before this step, tokens known), each
+            [num_reqs] integers.
+    """
+
+    method: str
+    batch: Callable[[Any, Any], Any]
+    lengths: Callable[[Any], tuple[np.ndarray, np.ndarray]]
 
 
-def watch(model_runner_class: type) -> None:
-    """Wrap ``_may_reorder_batch``, which runs once a step after the batch is updated and before metadata is built.
+INPUT_BATCH = Source(
+    "_may_reorder_batch",
+    lambda runner, _: runner.input_batch,
+    lambda batch: (batch.num_computed_tokens_cpu[: batch.num_reqs], batch.num_tokens_no_spec[: batch.num_reqs]),
+)
+# vLLM's second model runner (vllm.v1.worker.gpu.model_runner).
+PREPARED_INPUTS = Source(
+    "prepare_inputs",
+    lambda _, inputs: inputs,
+    lambda inputs: (inputs.num_computed_tokens_np, inputs.prefill_len_np),
+)
+
+_watched: tuple[Source, Any] | None = None
+
+
+def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
+    """Wrap the source's method of the class; once, however often it is called.
 
     Raises:
         RuntimeError: the class has no such method.
     """
-    original = getattr(model_runner_class, "_may_reorder_batch", None)
+    original = getattr(model_runner_class, source.method, None)
     if original is None:
-        raise RuntimeError(f"{model_runner_class.__name__} of this vLLM has no _may_reorder_batch to watch")
+        raise RuntimeError(f"{model_runner_class.__name__} of this vLLM has no {source.method} to watch")
     if hasattr(original, "_flashprefill_original"):
         return
 
-    def _may_reorder_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        global _input_batch
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _watched
         result = original(self, *args, **kwargs)
-        _input_batch = self.input_batch
+        _watched = source, source.batch(self, result)
         return result
 
-    _may_reorder_batch._flashprefill_original = original
-    model_runner_class._may_reorder_batch = _may_reorder_batch
+    watched._flashprefill_original = original
+    setattr(model_runner_class, source.method, watched)
 
 
-def unwatch(model_runner_class: type) -> None:
+def unwatch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
     """Undo `watch`."""
-    global _input_batch
-    _input_batch = None
-    wrapped = getattr(model_runner_class, "_may_reorder_batch", None)
+    global _watched
+    _watched = None
+    wrapped = getattr(model_runner_class, source.method, None)
     if hasattr(wrapped, "_flashprefill_original"):
-        model_runner_class._may_reorder_batch = wrapped._flashprefill_original
+        setattr(model_runner_class, source.method, wrapped._flashprefill_original)
 
 
 def prompt_lengths(num_computed_tokens: np.ndarray) -> np.ndarray | None:
     """Tokens known of each request: its prompt, and what it had generated if it is being recomputed.
 
     Args:
-        num_computed_tokens: [num_reqs] integers of the batch that metadata is being built for.
+        num_computed_tokens: [num_reqs] integers of the batch that metadata is being built for; requests of padding
+            may follow the batch's own.
 
     Returns:
         [num_reqs] int32, or None where the watched batch is not this one (a dummy run, a part of a batch).
     """
-    if _input_batch is None:
+    if _watched is None:
         return None
-    num_reqs = len(num_computed_tokens)
-    if _input_batch.num_reqs != num_reqs:
+    source, batch = _watched
+    computed, known = source.lengths(batch)
+    num_reqs = len(computed)
+    if num_reqs > len(num_computed_tokens) or not np.array_equal(computed, num_computed_tokens[:num_reqs]):
         return None
-    if not np.array_equal(_input_batch.num_computed_tokens_cpu[:num_reqs], num_computed_tokens):
-        return None
-    return np.array(_input_batch.num_tokens_no_spec[:num_reqs])
+    lengths = np.zeros(len(num_computed_tokens), dtype=np.int32)
+    lengths[:num_reqs] = known
+    return lengths

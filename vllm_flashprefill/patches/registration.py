@@ -27,6 +27,7 @@ logger = logging.getLogger("vllm.flashprefill")
 LOADERS = {
     "0.10.0": "patch_loader_vllm_0_10_0",
     "0.12.0": "patch_loader_vllm_0_12_0",
+    "0.24.0": "patch_loader_vllm_0_24_0",
 }
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "flashprefill"
@@ -84,6 +85,12 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     try:
         apply()
         _check_options_before_a_model_loads()
+    except ImportError as error:
+        _run_undo()
+        raise RuntimeError(
+            f"vLLM {installed_vllm()} has not what {name} extends ({error}); "
+            f"install one of vLLM {', '.join(LOADERS)}, or unset {ENV_ENABLE}"
+        ) from error
     except BaseException:
         _run_undo()
         raise
@@ -223,9 +230,13 @@ def _check_device() -> None:
 
 
 def _unwatch_model_runner() -> None:
-    module = sys.modules.get("vllm.v1.worker.gpu_model_runner")
-    if module is not None:
-        prompt_lengths.unwatch(module.GPUModelRunner)
+    for name, source in (
+        ("vllm.v1.worker.gpu_model_runner", prompt_lengths.INPUT_BATCH),
+        ("vllm.v1.worker.gpu.model_runner", prompt_lengths.PREPARED_INPUTS),
+    ):
+        module = sys.modules.get(name)
+        if module is not None:
+            prompt_lengths.unwatch(module.GPUModelRunner, source)
 
 
 def _restore_variable(name: str, value: str | None) -> None:

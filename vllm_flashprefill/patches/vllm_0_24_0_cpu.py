@@ -1,0 +1,38 @@
+"""FlashPrefill in vLLM 0.24.0's CPU attention."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
+from vllm_flashprefill.patches.cpu_attn_cache import CPUAttnCacheImplMixin
+
+
+class FlashPrefillCPUBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[FlashPrefillCPUImpl]:
+        return FlashPrefillCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashPrefillCPUMetadataBuilder]:
+        return FlashPrefillCPUMetadataBuilder
+
+
+class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, CPUAttentionMetadataBuilder):
+    pass
+
+
+class FlashPrefillCPUImpl(CPUAttnCacheImplMixin, CPUAttentionBackendImpl):
+    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
+        """vLLM has, by `do_kv_cache_update`."""
+
+    def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # [num_pages, G, page_size, 2 * D] in shape; in memory a head's keys of a page, then its values.
+        num_pages, num_kv_heads, page_size, _ = kv_cache.shape
+        k_cache, v_cache = kv_cache.view(num_pages, num_kv_heads, 2 * page_size, -1).chunk(2, dim=2)
+        return k_cache, v_cache

@@ -1,0 +1,68 @@
+"""FlashPrefill in vLLM 0.24.0's FlashAttention backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_flashprefill.backend.cuda_impl import CUDAFlashPrefillImplMixin
+from vllm_flashprefill.backend.prompt_lengths import PREPARED_INPUTS, watch
+from vllm_flashprefill.kernels.schedule import upload
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttentionCacheBuilderMixin
+
+
+class FlashPrefillCUDABackend(FlashAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[FlashPrefillCUDAImpl]:
+        return FlashPrefillCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashPrefillCUDAMetadataBuilder]:
+        return FlashPrefillCUDAMetadataBuilder
+
+
+class FlashPrefillCUDAMetadataBuilder(FlashAttentionCacheBuilderMixin, FlashAttentionMetadataBuilder):
+    @classmethod
+    def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
+        # With FlashAttention 3 vLLM's own class allows full graphs of mixed batches.
+        support = super().get_cudagraph_support(*args, **kwargs)
+        return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
+
+    def watch_model_runners(self) -> None:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        super().watch_model_runners()
+        watch(GPUModelRunner, PREPARED_INPUTS)
+
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        """The step's metadata for the next of several groups of layers, which have caches of their own."""
+        updated = super().update_block_table(metadata, blk_table, slot_mapping)
+        step = getattr(metadata, "flashprefill", None)
+        if step is not None:
+            dense_metadata = step.dense_metadata
+            if dense_metadata is not None:
+                requests = upload(torch.from_numpy(step.plan.dense), blk_table.device)
+                dense_metadata = super().update_block_table(
+                    dense_metadata, blk_table[requests], slot_mapping[step.dense_rows]
+                )
+            updated.flashprefill = dataclasses.replace(step, block_table=blk_table, dense_metadata=dense_metadata)
+        return updated
+
+
+class FlashPrefillCUDAImpl(CUDAFlashPrefillImplMixin, FlashAttentionImpl):
+    dense_forward_writes_kv = False
+
+    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
+        """vLLM has, by `do_kv_cache_update`."""
+
+    def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k_cache, v_cache = kv_cache.unbind(1)
+        return k_cache, v_cache
