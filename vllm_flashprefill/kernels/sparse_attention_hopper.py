@@ -142,7 +142,8 @@ def _producer(
         tma.async_copy_global_to_shared(q_desc, [q_row + BLOCK // 2, head * Q_COLUMNS], q_ready, q_buffers.index(1))
 
         # Keys of tile t, then values of tile t - 1: the order in which they are needed.
-        v_block = query_block
+        # Triton would not carry v_block around the loop if it began as the same value as k_block.
+        v_block = 0
         k_block = query_block
         for tile in range(0, count + 1):
             if tile < count:

@@ -1,0 +1,370 @@
+"""Time vLLM on one GPU with FlashPrefill and with its default backend, in one run; append rows to a CSV.
+
+Each backend gets an engine of its own, in a process of its own, one after the other. The model has random weights of
+ordinary scale, which have nothing to prune, so the published density is imposed: once stage 3 has run, its lists are
+replaced by equally many blocks, evenly spread (`FixedDensity`). That happens in this script alone; the package has
+no such switch. Times are of prompts with so much to prune, the texts mean nothing. First the engines must agree at
+alpha 0, or no speedup is given.
+
+    python scripts/bench_vllm.py                                   TTFT, decoding and throughput, about 6 minutes
+    python scripts/bench_vllm.py --layers 4 --tokens 8192 32768    a short run
+
+TTFT is the time of a request for one token, in process, without prefix caching; its bound is the time with attention
+left out altogether.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from results_csv import append_row, commit_name
+
+LLAMA_8B = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    bos_token_id=0,
+    eos_token_id=1,
+    torch_dtype="bfloat16",
+)
+TOKENS = [1, 16, 128, 512, 1024, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 122880]
+# Beyond these, in tokens: bounds, and prompts in chunks.
+LONG = 32768
+CHECK_TOKENS = (700, 5000, 20_000)
+# (requests at once, tokens of each prompt)
+DECODE = [(1, 1024), (16, 1024), (64, 512)]
+DECODE_TOKENS = 128
+MIXED_PROMPTS = (2048, 30_000, 5000, 60_000, 12_000, 700, 20_000, 40_000)
+ALWAYS_SPARSE_UP_TO = 8192
+
+
+class Engine:
+    """An in-process engine and what of it is changed between measurements."""
+
+    def __init__(self, model: Path, max_model_len: int):
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(model),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_model_len,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.9,
+            disable_log_stats=True,
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        self.chunk = max_model_len
+        self._randomise()
+
+    def _randomise(self) -> None:
+        """vLLM's dummy weights are so small that attention makes no difference."""
+        import torch
+
+        weights = dict(self.runner.model.named_parameters())
+        generator = torch.Generator(next(iter(weights.values())).device).manual_seed(0)
+        for name, weight in weights.items():
+            if "norm" in name:
+                weight.data.fill_(1.0)
+            else:
+                scale = 0.04 if "qkv" in name else 0.02
+                weight.data.normal_(0.0, scale, generator=generator)
+
+    @property
+    def impls(self) -> list[Any]:
+        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        return [layer.impl for layer in layers if hasattr(layer, "impl")]
+
+    @property
+    def builders(self) -> list[Any]:
+        groups = [group for groups in self.runner.attn_groups for group in groups]
+        return [builder for group in groups for builder in group.metadata_builders]
+
+    def configure(self, **options: Any) -> None:
+        """Change FlashPrefill's options of the running engine."""
+        for owner in (*self.impls, *self.builders):
+            owner.flashprefill_config = dataclasses.replace(owner.flashprefill_config, **options)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None) -> list[Any]:
+        from vllm import SamplingParams
+
+        self.core.scheduler.max_num_scheduled_tokens = self.chunk
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs)
+        params.detokenize = False
+        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+    def prompt(self, tokens: int, seed: int = 0) -> list[int]:
+        return np.random.default_rng(tokens + seed).integers(2, self.vocab_size, tokens).tolist()
+
+    def seconds(self, prompts: list[list[int]], max_tokens: int) -> float:
+        started = time.perf_counter()
+        self.generate(prompts, max_tokens)
+        return time.perf_counter() - started
+
+    def ttft_ms(self, tokens: int) -> float:
+        prompt = [self.prompt(tokens)]
+        first = self.seconds(prompt, 1)
+        runs = max(2, min(9, int(1.5 / first)))
+        return 1000 * statistics.median(self.seconds(prompt, 1) for _ in range(runs))
+
+    def decode_ms(self, requests: int, tokens: int) -> float:
+        """Milliseconds a step of `requests` decodes takes, on a context of `tokens` tokens."""
+        prompts = [self.prompt(tokens, seed) for seed in range(requests)]
+        self.seconds(prompts, 8)
+        times = []
+        for _ in range(5):
+            short = self.seconds(prompts, 2)
+            times.append((self.seconds(prompts, 2 + DECODE_TOKENS) - short) / DECODE_TOKENS)
+        return 1000 * statistics.median(times)
+
+
+class FixedDensity:
+    """In place of `block_select`: stage 3, then as many blocks for each query block as give the published density.
+
+    Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all.
+    """
+
+    def __init__(self) -> None:
+        from kernel_data import DENSITY
+
+        from vllm_flashprefill.kernels import block_select
+
+        self.select = block_select.block_select
+        self.points = sorted(DENSITY.items())
+        self.schedule = self.lengths = None
+        self.made: dict[tuple, Any] = {}
+
+    def density(self, prompt_blocks: Any) -> Any:
+        """Published densities, interpolated in log of the length."""
+        lengths, densities = zip(*self.points, strict=True)
+        return np.interp(np.log2(prompt_blocks * 128), np.log2(lengths), densities)
+
+    def blocks_kept(self, prompt_blocks: int, tail: int, least: int) -> int:
+        """The smallest number of blocks for each query block before the tail that gives at least the density."""
+        visible = np.arange(1, prompt_blocks + 1)
+        wanted = self.density(prompt_blocks) * visible.sum() - visible[prompt_blocks - tail :].sum()
+        for kept in range(least, prompt_blocks + 1):
+            if np.minimum(visible[: prompt_blocks - tail], kept).sum() >= wanted:
+                return kept
+        return prompt_blocks
+
+    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, **options: Any) -> None:
+        self.select(q, mean, schedule, slab, config=config, lists=lists, counts=counts, **options)
+        if config.alpha == 0.0:
+            return
+        # The lengths are read from the GPU in a step's first layer, the lists of a length made once.
+        if schedule is not self.schedule:
+            self.schedule, self.lengths = schedule, schedule.requests.cpu().numpy()
+        key = (self.lengths.tobytes(), slab)
+        if key not in self.made:
+            self.made[key] = self._lists(q.shape[2], schedule, slab, config)
+        fixed_lists, fixed_counts = self.made[key]
+        lists[: len(fixed_lists)].copy_(fixed_lists)
+        counts[: len(fixed_counts)].copy_(fixed_counts)
+
+    def _lists(self, heads: int, schedule, slab, config):
+        import torch
+
+        requests = self.lengths
+        items = schedule.items[slab.first_item : slab.first_item + slab.num_items].cpu().numpy()
+        least = config.num_sink_blocks + config.num_window_blocks
+        tail = config.num_dense_tail_blocks
+        kept = [self.blocks_kept(int(row[7]) + tail, tail, least) for row in requests]
+        lists = np.zeros((slab.list_slots * heads,), dtype=np.int32)
+        counts = np.empty((len(items), heads), dtype=np.int32)
+        for n, (request, block, slot) in enumerate(items):
+            visible = block + 1
+            count = visible if block >= requests[request][7] else min(kept[request], visible)
+            counts[n] = count
+            row = np.arange(count)
+            if count < visible:
+                middle = row[config.num_sink_blocks : count - config.num_window_blocks] - config.num_sink_blocks
+                spread = middle * (visible - least) // max(len(middle), 1) + config.num_sink_blocks
+                row = np.concatenate(
+                    [row[: config.num_sink_blocks], spread, np.arange(visible - config.num_window_blocks, visible)]
+                )
+            lists[slot * heads : (slot + visible) * heads].reshape(heads, visible)[:, :count] = row
+        device = schedule.requests.device
+        return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device)
+
+
+def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One backend's results by case; times in milliseconds."""
+    sparse = backend == "flashprefill"
+    if sparse:
+        import vllm_flashprefill
+
+        vllm_flashprefill.register()
+        from vllm_flashprefill.kernels import pipeline
+
+    started = time.perf_counter()
+    engine = Engine(model, max(args.tokens) + 1024)
+    results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
+    if sparse:
+        engine.configure(alpha=0.0)
+    results["check"] = [
+        [output.outputs[0].token_ids[0], {t: lp.logprob for t, lp in output.outputs[0].logprobs[0].items()}]
+        for output in engine.generate(
+            [engine.prompt(min(tokens, max(args.tokens))) for tokens in CHECK_TOKENS], 1, logprobs=5
+        )
+    ]
+    if sparse:
+        engine.configure(alpha=0.1)
+        results["min_sparse_tokens"] = engine.impls[0].flashprefill_config.min_sparse_tokens
+        pipeline.block_select = FixedDensity()
+
+    def timed(case: str, run) -> None:
+        before = vllm_flashprefill.stats() if sparse else None
+        results[case] = {"ms": run()}
+        if sparse:
+            time.sleep(0.1)
+            results[case]["density"] = (vllm_flashprefill.stats() - before).density
+        print(f"  {backend} {case}: {results[case]['ms']:.3f} ms", flush=True)
+
+    for tokens in args.tokens:
+        timed(f"ttft {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
+    if sparse:
+        engine.configure(min_sparse_tokens=0)
+        for tokens in args.tokens:
+            if 1024 <= tokens <= ALWAYS_SPARSE_UP_TO:
+                timed(f"always {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
+        engine.configure(min_sparse_tokens=results["min_sparse_tokens"])
+    for chunk in args.chunk:
+        engine.chunk = chunk
+        for tokens in args.tokens:
+            if tokens >= LONG:
+                timed(f"ttft {tokens} {chunk}", lambda tokens=tokens: engine.ttft_ms(tokens))
+    engine.chunk = min(8192, engine.chunk)
+    for requests, tokens in args.decode:
+        timed(f"decode {requests} {tokens}", lambda r=requests, t=tokens: engine.decode_ms(r, t))
+    if args.mixed:
+        prompts = [engine.prompt(tokens) for tokens in MIXED_PROMPTS if tokens <= max(args.tokens)]
+        results["mixed_tokens"] = sum(map(len, prompts))
+        timed("mixed", lambda: 1000 * min(engine.seconds(prompts, 32) for _ in range(2)))
+    engine.chunk = max(args.tokens) + 1024
+    if sparse:
+
+        def left_out(impl, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named):
+            return output
+
+        with mock.patch.object(type(engine.impls[0]), "forward", left_out):
+            for tokens in args.tokens:
+                if tokens >= LONG:
+                    timed(f"bound {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
+    return results
+
+
+def agree(default: dict[str, Any], flash: dict[str, Any]) -> bool:
+    """Whether the first tokens of some prompts, at alpha 0, are the default backend's, or nearly as likely."""
+    for (token, logprobs), (flash_token, flash_logprobs) in zip(default["check"], flash["check"], strict=True):
+        gap = max(abs(lp - flash_logprobs[t]) for t, lp in logprobs.items() if t in flash_logprobs)
+        print(f"alpha 0: token {token} and {flash_token}, log-probabilities differ by {gap:.4f}", flush=True)
+        if (token != flash_token and abs(logprobs[token] - logprobs.get(flash_token, -99.0)) > 0.05) or gap > 0.1:
+            return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--chunk", type=int, nargs="*", default=[8192], help="tokens of a chunk, beside whole prompts")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--no-decode", dest="decode", action="store_const", const=[], default=DECODE)
+    parser.add_argument("--no-mixed", dest="mixed", action="store_false")
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/vllm.csv")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    if args.worker:
+        backend, model, out = args.worker.split(",")
+        Path(out).write_text(json.dumps(measure(backend, Path(model), args)))
+        return
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = {**LLAMA_8B, "num_hidden_layers": args.layers}
+        Path(folder, "config.json").write_text(json.dumps(config))
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        }
+        environment.pop("FLASHPREFILL", None)
+        for backend in ("default", "flashprefill"):
+            out = Path(folder, f"{backend}.json")
+            command = [sys.executable, *sys.argv, "--worker", f"{backend},{folder},{out}"]
+            subprocess.run(command, env=environment, check=True)
+            found[backend] = json.loads(out.read_text())
+    write_rows(found["default"], found["flashprefill"], args)
+
+
+def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Namespace) -> None:
+    import torch
+    from vllm import __version__
+
+    check = "passed" if agree(default, flash) else "failed"
+    for case, value in default.items():
+        kind, *numbers = case.split()
+        if kind not in ("ttft", "decode", "mixed"):
+            continue
+        first, second = (int(n) for n in numbers) if numbers else (default["mixed_tokens"], 8192)
+        ours = flash[case]
+        row = dict(
+            date=datetime.date.today().isoformat(),
+            gpu=torch.cuda.get_device_name(),
+            vllm=__version__,
+            torch=torch.__version__,
+            commit=commit_name(args.commit),
+            model=f"llama-8b, {args.layers} layers",
+            case=kind,
+            requests=first if kind == "decode" else len(MIXED_PROMPTS) if kind == "mixed" else 1,
+            tokens=second if kind == "decode" else first,
+            chunk=0 if kind == "decode" else second,
+            min_sparse_tokens=flash["min_sparse_tokens"],
+            density=ours["density"] and round(ours["density"], 4),
+            check=check,
+            default_ms=round(value["ms"], 3),
+            flash_ms=round(ours["ms"], 3),
+            bound_ms=_rounded(flash.get(f"bound {first} 0") if kind == "ttft" else None),
+            always_sparse_ms=_rounded(flash.get(f"always {first} {second}") if kind == "ttft" else None),
+            speedup=round(value["ms"] / ours["ms"], 3) if check == "passed" else None,
+        )
+        append_row(args.csv, row)
+        print({key: row[key] for key in list(row)[6:]}, flush=True)
+    print(f"engine start: default {default['start_s']} s, FlashPrefill {flash['start_s']} s")
+
+
+def _rounded(result: dict[str, float] | None) -> float | None:
+    return result and round(result["ms"], 3)
+
+
+if __name__ == "__main__":
+    main()

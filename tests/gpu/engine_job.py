@@ -1,0 +1,37 @@
+"""Run requests through a vLLM engine on the GPU: a JSON job in a file, results in another.
+
+A job has `engine` (arguments of LLM), `prompts` (lists of token ids), `max_tokens`, and `options` of FlashPrefill, null
+for vLLM's default backend.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main():
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job["options"] is not None:
+        import vllm_flashprefill
+
+        vllm_flashprefill.register(**job["options"])
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**job["engine"])
+    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=5, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], params, use_tqdm=False)
+    answers = [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [{str(t): lp.logprob for t, lp in step.items()} for step in output.outputs[0].logprobs],
+            "cached": output.num_cached_tokens,
+        }
+        for output in outputs
+    ]
+    counted = vars(vllm_flashprefill.stats()) if job["options"] is not None else None
+    Path(sys.argv[2]).write_text(json.dumps({"answers": answers, "stats": counted}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Whole engines on the GPU: FlashPrefill at alpha 0 beside vLLM's default backend, on the same mixed requests."""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models/SmolLM2-135M-Instruct"
+NUM_REQUESTS = int(os.environ.get("FLASHPREFILL_TEST_REQUESTS", "200"))
+LONGEST = 60_000
+MAX_TOKENS = 16
+ALPHA_0 = {"alpha": 0.0, "min_sparse_tokens": 300}
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_model = pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL} is not there; scripts/fetch_model.py fetches it")
+
+
+def make_requests():
+    """Slices of real text of 1 to 60K tokens, a third of them behind one of a few prefixes that they share."""
+    import pydoc_data.topics
+
+    from transformers import AutoTokenizer
+
+    topics = pydoc_data.topics.topics
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)), add_special_tokens=False)
+    generator = np.random.default_rng(0)
+
+    def piece(length):
+        start = generator.integers(len(text))
+        return (text[start:] + text * (1 + length // len(text)))[:length]
+
+    prefixes = [piece(length) for length in (1000, 2048, 5000, 12_345, 30_000)]
+    prompts = [piece(LONGEST), piece(1)]
+    while len(prompts) < NUM_REQUESTS:
+        length = int(np.exp(generator.uniform(0, np.log(LONGEST))))
+        prefix = prefixes[generator.integers(5)] if generator.random() < 0.33 else []
+        prompts.append((prefix + piece(length))[:LONGEST])
+    return prompts
+
+
+def run(folder, name, prompts, chunk, options):
+    engine = dict(
+        model=str(MODEL),
+        hf_overrides={"max_position_embeddings": 65_536},
+        max_model_len=LONGEST + 64,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=16,
+        enable_prefix_caching=True,
+        gpu_memory_utilization=0.2,
+        max_logprobs=5,
+    )
+    job, result = folder / f"{name}.job", folder / f"{name}.json"
+    job.write_text(json.dumps(dict(engine=engine, prompts=prompts, max_tokens=MAX_TOKENS, options=options)))
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }  # fmt: skip
+    command = [sys.executable, str(Path(__file__).parent / "engine_job.py"), str(job), str(result)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return json.loads(result.read_text())
+
+
+def compare(ours, theirs):
+    """(requests whose tokens differ, how far apart the first differing tokens are, mean difference of log-probs)."""
+    gaps, differences = [], []
+    for a, b in zip(ours["answers"], theirs["answers"], strict=True):
+        for token, other, logprobs, other_logprobs in zip(
+            a["tokens"], b["tokens"], a["logprobs"], b["logprobs"], strict=True
+        ):
+            shared = logprobs.keys() & other_logprobs.keys()
+            differences += [abs(logprobs[t] - other_logprobs[t]) for t in shared]
+            if token != other:
+                gaps.append(other_logprobs[str(other)] - other_logprobs.get(str(token), -99.0))
+                break
+    return len(gaps), max(gaps, default=0.0), statistics.mean(differences)
+
+
+@needs_vllm
+@needs_model
+def test_alpha_0_gives_the_default_backends_tokens(tmp_path):
+    prompts = make_requests()
+    runs = {
+        f"{who} {chunk}": (chunk, o) for chunk in (2048, 8192) for who, o in (("default", None), ("flash", ALPHA_0))
+    }
+    with ThreadPoolExecutor(len(runs)) as pool:
+        results = dict(zip(runs, pool.map(lambda n: run(tmp_path, n, prompts, *runs[n]), runs), strict=True))
+
+    # What chunking alone changes in vLLM's own results is the noise.
+    noise = compare(results["default 2048"], results["default 8192"])
+    print(f"default at 2048 and 8192: {noise}")
+    for chunk in (2048, 8192):
+        flash, default = results[f"flash {chunk}"], results[f"default {chunk}"]
+        differing, gap, difference = compare(flash, default)
+        counted = flash["stats"]
+        print(
+            f"chunks of {chunk}: {differing} of {len(prompts)} differ, gap {gap:.3f}, mean {difference:.4f}; {counted}"
+        )
+        assert sum(answer["cached"] for answer in flash["answers"]) > 0, "no prefix was found in the cache"
+        assert counted["kept_blocks"] == counted["visible_blocks"] > 0
+        assert counted["sparse_tokens"] > 10 * counted["dense_tokens"]["short_prompt"]
+        assert difference <= 1.5 * noise[2] + 1e-3
+        assert differing <= 1.5 * noise[0] + 2
+        assert gap <= max(0.1, 1.5 * noise[1])
