@@ -55,7 +55,8 @@ def run(folder, name, prompts, chunk, options):
         max_num_batched_tokens=chunk,
         max_num_seqs=16,
         enable_prefix_caching=True,
-        gpu_memory_utilization=0.2,
+        # vLLM measures what memory is free, which the engines beside it would change.
+        kv_cache_memory_bytes=10 << 30,
         max_logprobs=5,
     )
     job, result = folder / f"{name}.job", folder / f"{name}.json"

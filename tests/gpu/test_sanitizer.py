@@ -51,16 +51,18 @@ def test_a_ragged_paged_batch_is_clean(tool, options):
 
 
 def test_the_hopper_kernel_has_no_race_of_its_own():
-    """The code by which Triton hands work to specialised warps, in any kernel that has them, is reported, and lies at
-    the line of the kernel's definition; nothing else may be."""
+    """Racecheck does not follow mbarriers that count bytes, nor the code by which Triton hands work to specialised
+    warps, in any kernel that has them. It reports the latter, at the line of the kernel's definition, and the hand-over
+    of a pair's number: a store, a warp barrier, then the arrival that the readers wait for. Nothing else may be."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not a Hopper GPU")
     from vllm_flashprefill.kernels import sparse_attention_hopper as module
 
-    definition = f"def {module._sparse_attention_hopper_kernel.__name__}("
-    line = Path(module.__file__).read_text().splitlines().index(definition) + 1
+    file = Path(module.__file__)
+    known = (f"def {module._sparse_attention_hopper_kernel.__name__}(", "pair_buffer.", "mbarrier.wait(q_ready")
+    source = enumerate(file.read_text().splitlines(), start=1)
+    expected = {f"{file.name}:{number}" for number, line in source if any(text in line for text in known)}
     run = run_sanitizer("racecheck", BF16_16, "--racecheck-report", "all", "--print-limit", "100000")
     assert "RACECHECK SUMMARY" in run.stdout, (run.stdout + run.stderr)[-3000:]
-    places = Counter(re.findall(r"(?:Write|Read) Thread .* at (.*?)\+0x\w+ in (.*)", run.stdout))
-    others = {place: count for place, count in places.items() if place[1] != f"{Path(module.__file__).name}:{line}"}
-    assert not others, others
+    places = Counter(re.findall(r"(?:Write|Read) Thread .* at .*?\+0x\w+ in (.*)", run.stdout))
+    assert places.keys() <= expected, places
