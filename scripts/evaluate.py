@@ -1,0 +1,198 @@
+"""How much a model loses with FlashPrefill: dense and sparse side by side on long prompts.
+
+    python scripts/evaluate.py                                        SmolLM2-135M on vLLM's CPU engine
+    python scripts/evaluate.py --model PATH --lengths 8192,32768 --samples 5
+    python scripts/evaluate.py --model PATH --data ruler/             RULER, HELMET's RULER, InfiniteBench, LongBench
+    python scripts/evaluate.py --draw result.json                     the heat map of an earlier run
+
+RULER's kinds of tasks are made from local text, by seed and tokenizer alone; perplexity and the next token are those
+of the last tokens of long prose and code. Each run has a vLLM engine in a process of its own, first dense, then sparse
+with the options that the model gets: its preset, FLASHPREFILL_* variables, or --alpha and --min-sparse-tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from evaluation import readers, report
+from evaluation.tasks import TASKS, Maker, Sample, make_samples
+from evaluation.text import Stream, code
+from results_csv import commit_name
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+ENGINE = Path(__file__).with_name("evaluation") / "engine.py"
+
+
+def data_samples(tokenizer: Any, options: argparse.Namespace, max_length: int) -> tuple[list[Sample], dict[str, int]]:
+    """The prompts of local data sets, and how many of each task were too long and left out."""
+    samples, left_out = [], {}
+    for path in options.data:
+        for record in readers.read(path, options.limit):
+            prompt, encode_bos = record.prompt, True
+            if options.chat:
+                turn = [{"role": "user", "content": prompt}]
+                prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+                encode_bos = False
+            tokens = tokenizer.encode(prompt + record.answer_prefix, add_special_tokens=encode_bos)
+            room = max_length - record.max_tokens
+            if len(tokens) > room and not record.cut:
+                left_out[record.task] = left_out.get(record.task, 0) + 1
+                continue
+            tokens = readers.cut_middle(tokens, room)
+            length = next((length for length in sorted(options.lengths) if len(tokens) <= length), max_length)
+            samples.append(
+                Sample(
+                    record.task,
+                    length,
+                    None,
+                    tokens,
+                    record.expected,
+                    record.metric,
+                    record.max_tokens,
+                    f"{path.name}/{len(samples)}",
+                    record.classes,
+                )
+            )
+    return samples, left_out
+
+
+def make_texts(maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Texts to predict: prose and code in turn."""
+    streams = [maker.stream, Stream(maker.encode, code())] if options.texts else []
+    texts = []
+    for length in options.lengths:
+        for index in range(options.texts):
+            stream = streams[index % 2]
+            start = random.Random(f"{options.seed}/text/{length}/{index}").randrange(len(stream.tokens))
+            tokens = maker.bos + stream.take(start, length - len(maker.bos))
+            texts.append({"length": length, "tokens": tokens, "first": max(1, length - options.predict_last)})
+    return texts
+
+
+def run(mode: str, job: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """What ran, and the results of the prompts and of the texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        job_path, results = Path(folder, "job.json"), Path(folder, "results.jsonl")
+        job_path.write_text(json.dumps({**job, "mode": mode}))
+        done = subprocess.run([sys.executable, str(ENGINE), str(job_path), str(results)])
+        if done.returncode != 0:
+            sys.exit(f"error: the {mode} run failed; its message is above")
+        what_ran, *lines = map(json.loads, results.read_text().splitlines())
+    count = len(job["samples"])
+    return what_ran, lines[:count], lines[count:]
+
+
+def parse_arguments() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL), help="model folder or name (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--lengths", type=numbers, default=[1024, 2048, 4096, 7500], help="prompt tokens")
+    parser.add_argument("--samples", type=numbers, default=[1], help="prompts of each task, or one number a length")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="of %(default)s; empty for none")
+    parser.add_argument("--texts", type=int, default=2, help="texts of each length to predict (default: %(default)s)")
+    parser.add_argument("--predict-last", type=int, default=1024, help="tokens of a text (default: %(default)s)")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="JSONL files or folders, instead of the tasks")
+    parser.add_argument("--limit", type=int, default=20, help="records of each file (default: %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="put --data prompts into the model's chat template")
+    parser.add_argument("--alpha", type=float, help="default: the model family's preset")
+    parser.add_argument("--min-sparse-tokens", type=int, help="default: the package's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batched-tokens", type=int, default=4096, help="of a step; fewer take less memory")
+    parser.add_argument("--graphs", action="store_true", help="let vLLM compile and capture graphs")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vLLM's LLM, as JSON")
+    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="result (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="also draw the heat map, as PNG")
+    parser.add_argument("--draw", type=Path, help="only draw this result, beside it or to --plot")
+    options = parser.parse_args()
+    if len(options.samples) == 1:
+        options.samples *= len(options.lengths)
+    if len(options.samples) != len(options.lengths):
+        parser.error("--samples takes one number, or as many as there are --lengths")
+    options.tasks = [task for task in options.tasks.split(",") if task]
+    unknown = [task for task in options.tasks if task not in TASKS]
+    if unknown:
+        parser.error(f"--tasks: unknown {', '.join(unknown)}; known: {', '.join(TASKS)}")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.draw:
+        from evaluation.heatmap import draw
+
+        draw(json.loads(options.draw.read_text()), options.plot or options.draw.with_suffix(".png"))
+        return
+    if options.model == str(MODEL) and not MODEL.exists():
+        sys.exit("error: the model is not there yet; run `make demo`, or scripts/fetch_model.py first")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    max_length, left_out = max(options.lengths), {}
+    try:
+        if options.data:
+            samples, left_out = data_samples(tokenizer, options, max_length)
+            texts = []
+        else:
+            maker = Maker(tokenizer)
+            samples = make_samples(maker, options.tasks, options.lengths, options.samples, options.seed)
+            texts = make_texts(maker, options)
+    except (readers.Unsupported, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    if left_out:
+        print(f"longer than {max_length} tokens with their answers, left out: {left_out}")
+    if not samples and not texts:
+        sys.exit("error: there is nothing to run")
+
+    flash_options = {"alpha": options.alpha, "min_sparse_tokens": options.min_sparse_tokens}
+    job = {
+        "model": options.model,
+        "options": {name: value for name, value in flash_options.items() if value is not None},
+        "eager": not options.graphs,
+        "max_model_len": max(
+            [len(sample.tokens) + sample.max_tokens for sample in samples] + [len(text["tokens"]) + 1 for text in texts]
+        ),
+        "batched_tokens": options.batched_tokens,
+        "engine": options.engine,
+        "samples": [
+            {"tokens": sample.tokens, "max_tokens": sample.max_tokens, "group": sample.group} for sample in samples
+        ],
+        "texts": [{"tokens": text["tokens"], "first": text["first"]} for text in texts],
+    }
+    _, dense, dense_texts = run("dense", job)
+    what_ran, sparse, sparse_texts = run("sparse", job)
+    rows = report.sample_rows(samples, dense, sparse)
+    result = {
+        "model": Path(options.model).name,
+        **what_ran,
+        "commit": commit_name(None),
+        "seed": options.seed,
+        "batched_tokens": options.batched_tokens,
+        "left_out": left_out,
+        "summary": report.summarise(rows),
+        "predictions": report.prediction_rows(texts, dense_texts, sparse_texts, what_ran["config"]),
+        "samples": rows,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{result['model']}, vLLM {result['vllm']}, {result['device']}, {result['config']}\n")
+    print(report.tables(result))
+    print(f"lower, higher: prompts on which FlashPrefill scored lower or higher than dense. Answers: {options.out}")
+    if options.plot:
+        from evaluation.heatmap import draw
+
+        draw(result, options.plot)
+
+
+if __name__ == "__main__":
+    main()

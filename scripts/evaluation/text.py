@@ -1,0 +1,68 @@
+"""Long texts that every Python carries: the documentation inside the standard library, and its source code.
+
+scripts/calibrate.py, generate.py and the tests take theirs from `pydoc_data.topics`; nothing here does.
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+# Modules written in Python, by how much documentation they hold.
+DOCUMENTED = (
+    "difflib doctest inspect statistics logging ipaddress smtplib http.cookiejar configparser email.message json "
+    "threading os http.server subprocess unittest.case optparse logging.handlers codecs urllib.parse socketserver pdb "
+    "shutil traceback urllib.request argparse xmlrpc.server ssl typing unittest.mock _pyio random heapq functools "
+    "collections contextlib fractions tempfile textwrap zipfile tarfile mailbox imaplib ftplib pickletools sched "
+    "string timeit trace calendar csv gettext getopt glob gzip hmac locale pathlib pprint queue selectors shelve "
+    "signal socket tokenize types uuid warnings weakref zipapp"
+).split()
+SOURCES = "_pydecimal tarfile mailbox pickletools imaplib optparse unittest.mock zipfile ipaddress statistics".split()
+
+SHORTEST_DOCSTRING = 200
+
+
+def source_of(module: str) -> str:
+    """The source of a module of the standard library, which is not imported.
+
+    Raises:
+        RuntimeError: this Python comes without it.
+    """
+    base = Path(sysconfig.get_path("stdlib"), *module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+    raise RuntimeError(f"this Python has no source of {module} to make long texts from")
+
+
+def prose() -> str:
+    """Docstrings of the standard library, one after the other."""
+    found = []
+    for module in DOCUMENTED:
+        for node in ast.walk(ast.parse(source_of(module))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                if len(text) >= SHORTEST_DOCSTRING:
+                    found.append(text)
+    return "\n\n".join(found)
+
+
+def code() -> str:
+    """Source code of the standard library, file after file."""
+    return "\n\n".join(source_of(module) for module in SOURCES)
+
+
+class Stream:
+    """The tokens of a text, read from any place on; it starts again where it ends."""
+
+    def __init__(self, encode: Callable[[str], list[int]], text: str) -> None:
+        self.tokens = encode(text)
+
+    def take(self, start: int, count: int) -> list[int]:
+        taken: list[int] = []
+        while len(taken) < count:
+            at = (start + len(taken)) % len(self.tokens)
+            taken += self.tokens[at : at + count - len(taken)]
+        return taken
