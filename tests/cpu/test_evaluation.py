@@ -1,0 +1,282 @@
+"""The prompts, scores and readers of scripts/evaluate.py, without an engine."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+
+import calibrate
+import generate
+from evaluation import readers, report, scoring, tasks, text
+
+
+class Words:
+    """A tokenizer that needs no model: words, digits one by one, spaces and signs."""
+
+    bos_token_id = 0
+
+    def __init__(self, adds_bos=False):
+        self.adds_bos = adds_bos
+        self.pieces, self.ids = ["<s>"], {}
+
+    def encode(self, text, add_special_tokens=True):
+        ids = [0] if add_special_tokens and self.adds_bos else []
+        for piece in re.findall(r" ?[A-Za-z_]+|\d|\s|.", text):
+            if piece not in self.ids:
+                self.ids[piece] = len(self.pieces)
+                self.pieces.append(piece)
+            ids.append(self.ids[piece])
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.pieces[i] for i in ids)
+
+
+@pytest.fixture(scope="module")
+def prose():
+    return text.prose()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Words()
+
+
+@pytest.fixture(scope="module")
+def maker(tokenizer, prose):
+    return tasks.Maker(tokenizer, prose)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("length", [600, 2048])
+def test_prompts_have_the_stated_length_and_hold_their_answers(task, length, maker, tokenizer):
+    made = tasks.make_samples(maker, [task], [length], [3], seed=0)
+    assert made
+    for sample in made:
+        prompt = tokenizer.decode(sample.tokens)
+        assert all(text in prompt for text in sample.expected)
+        assert scoring.score(sample.metric, ", ".join(sample.expected), sample.expected) == 1
+        assert len(maker.encode(" " + ", ".join(sample.expected))) <= sample.max_tokens
+        assert length - (8 if task == "shared_prefix" else 0) <= len(sample.tokens) <= length
+    assert max(len(sample.tokens) for sample in made) == length
+
+
+@pytest.mark.parametrize("task", ["single", "multi_key", "shared_prefix"])
+def test_the_fact_is_at_the_stated_depth(task, maker, tokenizer):
+    made = tasks.make_samples(maker, [task], [4096], [5], seed=1)
+    assert {sample.depth for sample in made} == set(tasks.DEPTHS)
+    for sample in made:
+        (code,) = sample.expected
+        before = tokenizer.decode(sample.tokens).index(f"is {code}")
+        at = len(maker.encode(tokenizer.decode(sample.tokens)[:before]))
+        assert at / len(sample.tokens) == pytest.approx(sample.depth, abs=0.04)
+        asked = tokenizer.decode(sample.tokens).rsplit("Answer: ", 1)[1]
+        assert f"{asked.lower()} {code}" in tokenizer.decode(sample.tokens).lower()
+
+
+def test_prompts_depend_on_the_seed_alone(prose):
+    def made(seed, counts):
+        tokenizer = Words()
+        samples = tasks.make_samples(tasks.Maker(tokenizer, prose), list(tasks.TASKS), [600, 900], counts, seed)
+        return {(s.group, s.depth): tokenizer.decode(s.tokens) for s in samples}
+
+    first = made(0, [2, 1])
+    assert first == made(0, [2, 1])
+    assert first != made(1, [2, 1])
+    # More prompts leave the first ones as they are.
+    more = made(0, [3, 2])
+    assert {name: more[name] for name in first} == first
+
+
+def test_a_group_shares_its_text(maker):
+    made = tasks.make_samples(maker, ["shared_prefix"], [2048], [1], seed=0)
+    assert len({sample.group for sample in made}) == 1
+    assert len({tuple(sample.tokens[:1900]) for sample in made}) == 1
+
+
+def test_too_short_a_prompt_says_how_long_it_must_be(maker):
+    with pytest.raises(ValueError, match="a prompt needs at least"):
+        tasks.make_samples(maker, ["shared_prefix"], [64], [1], seed=0)
+
+
+def test_the_beginning_of_sequence_token_comes_first_where_the_tokenizer_adds_it(prose):
+    for adds_bos in (True, False):
+        maker = tasks.Maker(Words(adds_bos), prose)
+        for sample in tasks.make_samples(maker, list(tasks.TASKS), [700], [1], seed=0):
+            assert (sample.tokens[0] == 0) == adds_bos
+            assert 0 not in sample.tokens[1:]
+            assert len(sample.tokens) <= 700
+
+
+def test_neither_facts_nor_texts_are_those_of_calibration(prose, tokenizer, maker):
+    import pydoc_data.topics
+
+    ours = {f"{adjective} {noun}" for adjective in tasks.ADJECTIVES for noun in tasks.NOUNS}
+    theirs = dict(generate.FACTS)
+    assert not ours & {*calibrate.NAMES, *theirs}
+    assert {*calibrate.CODES, *theirs.values()} == {str(code) for code in tasks.TAKEN_CODES}
+    made = tasks.make_samples(maker, list(tasks.TASKS), [700], [20], seed=0)
+    assert not {text for sample in made for text in sample.expected} & {*calibrate.CODES, *theirs.values()}
+    topics = "\n\n".join(pydoc_data.topics.topics.values())
+    theirs = {line.strip() for line in topics.splitlines() if len(line) > 60}
+    for long_text in (prose, text.code()):
+        lines = [line.strip() for line in long_text.splitlines() if len(line) > 60]
+        assert sum(line in theirs for line in lines) <= len(lines) // 1000
+
+
+def test_a_stream_starts_again_where_it_ends():
+    stream = text.Stream(list, "abcde")
+    assert stream.take(3, 9) == list("deabcdeab")
+
+
+@pytest.mark.parametrize(
+    "metric, answer, expected, score",
+    [
+        ("string_match_all", " 1234, and 99", ["1234", "5678"], 0.5),
+        ("string_match_all", "The Words: APPLE", ["apple"], 1),
+        ("string_match_part", "Paris, of course", ["Lyon", "paris"], 1),
+        ("string_match_part", "Nice", ["Lyon", "paris"], 0),
+        ("substring_exact_match", "It is The  Eiffel-Tower!", ["Eiffel Tower", "a EiffelTower"], 1),
+        ("qa_f1", "the red car", ["a red bus", "blue"], 0.5),
+        ("qa_f1", "nothing", ["a red bus"], 0),
+        ("qa_f1_first_line", "\nred bus\nblue car", ["a red bus"], 1),
+        ("count", "5 or 6", ["5"], 0.5),
+        ("count", "none", ["5"], 0),
+        ("retrieval", "Paragraph 12, Paragraph 3", ["Paragraph 12"], 0.5),
+        ("first_number", "The pass key is 00731.", ["00731"], 1),
+        ("first_number", "731", ["00731"], 0),
+        ("first_number", "it is 3.50", ["3.5"], 1),
+        ("choice", "B. the second", ["the second", "B"], 1),
+        ("choice", "The answer is: C", ["the second", "B"], 0),
+        ("choice", "I think that the answer is B", ["the second", "B"], 1),
+        ("choice", "", ["the second", "B"], 0),
+    ],
+)
+def test_scores(metric, answer, expected, score):
+    assert scoring.score(metric, answer, expected) == pytest.approx(score)
+
+
+def test_a_class_name_inside_the_right_one_does_not_count():
+    classes = ["Date", "Other number", "number", "City"]
+    assert scoring.classification("Other number\nCity", ["Other number"], classes) == 1
+    assert scoring.classification("Date or City", ["City"], classes) == 0.5
+    assert scoring.classification("Date", ["City"], classes) == 0
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_ruler_records(tmp_path):
+    row = {"index": 0, "input": "A magic number is 12. What is it? It is", "outputs": ["12"], "length": 140}
+    write(tmp_path / "niah_single_1" / "validation.jsonl", row, {**row, "index": 1, "answer_prefix": " so"}, row)
+    write(tmp_path / "qa_1.jsonl", {**row, "outputs": ["12", "twelve"]})
+    first, second, question = readers.read(tmp_path, limit=2)
+    assert (first.task, first.prompt, first.expected) == ("niah_single_1", row["input"], ["12"])
+    assert (first.metric, first.max_tokens, first.answer_prefix, first.cut) == ("string_match_all", 128, "", False)
+    assert second.answer_prefix == " so"
+    assert (question.task, question.metric, question.max_tokens) == ("qa_1", "string_match_part", 32)
+
+
+def test_helmet_records(tmp_path):
+    needles = {"context": "One is 7. Two is 8.", "query": "big-cat", "type_needle_v": "numbers", "answer": ["7", "8"]}
+    vt = {"context": "VAR A = 5", "query": "5", "num_v": 1, "example": "VAR B = 4 ...", "outputs": ["A"]}
+    qa = {"context": "Document 1", "question": "Who?", "answer": ["Ann"]}
+    write(tmp_path / "niah_multivalue" / "validation_8192.jsonl", needles)
+    write(tmp_path / "qa_2" / "validation_8192.jsonl", qa)
+    write(tmp_path / "vt" / "validation_8192.jsonl", vt)
+    niah, question, tracking = readers.read(tmp_path, limit=5)
+    assert niah.prompt.startswith(needles["context"]) and "big-cat" in niah.prompt and "numbers" in niah.prompt
+    assert (niah.expected, niah.metric) == (["7", "8"], "string_match_all")
+    assert (question.metric, question.expected) == ("substring_exact_match", ["Ann"])
+    assert tracking.prompt.startswith(vt["example"]) and tracking.expected == ["A"]
+
+
+def test_infinitebench_records(tmp_path):
+    row = {"id": 0, "context": "A long book.", "input": "Who?", "answer": ["Ann"], "options": []}
+    write(tmp_path / "longbook_qa_eng.jsonl", row)
+    write(tmp_path / "longbook_choice_eng.jsonl", {**row, "options": ["Bob", "Ann", "Cy", "Di"]})
+    write(tmp_path / "math_find.jsonl", {**row, "answer": 17})
+    write(tmp_path / "passkey.jsonl", {**row, "answer": ["00123"]})
+    choice, question, number, passkey = readers.read(tmp_path, limit=5)
+    assert (choice.metric, choice.expected) == ("choice", ["Ann", "B"])
+    assert "B. Ann" in choice.prompt
+    assert (question.metric, question.expected, question.cut) == ("qa_f1", ["Ann"], True)
+    assert (number.metric, number.expected, passkey.expected) == ("first_number", ["17"], ["00123"])
+
+
+def test_longbench_records(tmp_path):
+    row = {"input": "Who?", "context": "A text.", "answers": ["Ann"], "length": 2, "language": "en", "_id": "x"}
+    rows = [
+        {**row, "dataset": "hotpotqa_e", "all_classes": None},
+        {**row, "dataset": "trec", "all_classes": ["City", "Date"], "answers": ["City"]},
+        {**row, "dataset": "passage_retrieval_en", "all_classes": None, "answers": ["Paragraph 3"]},
+    ]
+    question, kind, passage = readers.read(write(tmp_path / "mixed.jsonl", *rows), limit=5)
+    assert (question.task, question.metric) == ("hotpotqa", "qa_f1")
+    assert (kind.metric, kind.classes, kind.answer_prefix) == ("classification", ["City", "Date"], "")
+    assert kind.prompt.endswith("Who?")
+    assert passage.metric == "retrieval"
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("gov_report", {"input": "", "context": "x", "answers": ["y"], "dataset": "gov_report"}, "'gov_report'"),
+        ("code_run", {"context": "x", "input": "y", "answer": 3, "options": []}, "'code_run'"),
+        ("other", {"input": "x", "outputs": ["y"]}, "RULER's task 'other'"),
+        ("odd", {"text": "x"}, "fields text"),
+    ],
+)
+def test_what_has_no_reader_is_one_clear_error(tmp_path, name, row, message):
+    with pytest.raises(readers.Unsupported, match=message):
+        list(readers.read(write(tmp_path / f"{name}.jsonl", row), limit=5))
+
+
+def test_a_long_prompt_loses_its_middle():
+    assert readers.cut_middle(list(range(10)), 5) == [0, 1, 7, 8, 9]
+    assert readers.cut_middle(list(range(5)), 5) == list(range(5))
+
+
+def test_rows_and_sums():
+    def sample(expected):
+        return SimpleNamespace(
+            task="single",
+            length=600,
+            depth=0.5,
+            tokens=[1] * 600,
+            expected=expected,
+            metric="string_match_all",
+            classes=[],
+        )
+
+    def answer(text, kept=0):
+        return {"text": text, "kept_blocks": kept, "visible_blocks": 10 * (kept > 0)}
+
+    rows = report.sample_rows(
+        [sample(["1"]), sample(["2"])], [answer("1"), answer("3")], [answer("9", 5), answer("2", 7)]
+    )
+    (total,) = report.summarise(rows)
+    assert (total["dense"], total["sparse"], total["lower"], total["higher"]) == (0.5, 0.5, 1, 1)
+    assert total["density"] == 0.6 and total["prompts"] == 2
+
+
+def test_predictions_are_split_where_the_dense_tail_begins():
+    config = {"block_size": 128, "num_dense_tail_blocks": 2}
+    text = {"length": 600, "first": 300}
+    # 600 tokens are 5 blocks; rows from 384 on are the tail, and predict tokens from 385 on.
+    logprobs = [-1.0] * 85 + [-2.0] * 215
+    run = {"logprobs": logprobs, "predicted": [0] * 300, "kept_blocks": 1, "visible_blocks": 2}
+    other = {**run, "predicted": [0] * 299 + [1]}
+    before, tail = report.prediction_rows([text], [run], [other], config)
+    assert (before["tokens"], tail["tokens"]) == (85, 215)
+    assert before["dense_perplexity"] == pytest.approx(2.7183, abs=1e-4)
+    assert (before["agreement"], tail["agreement"]) == (1, round(214 / 215, 4))
+    assert tail["density"] == 0.5
