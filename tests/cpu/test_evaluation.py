@@ -11,8 +11,9 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import calibrate
+import evaluate
 import generate
-from evaluation import readers, report, scoring, tasks, text
+from evaluation import heatmap, readers, report, scoring, tasks, text
 
 
 class Words:
@@ -243,6 +244,35 @@ def test_what_has_no_reader_is_one_clear_error(tmp_path, name, row, message):
 def test_a_long_prompt_loses_its_middle():
     assert readers.cut_middle(list(range(10)), 5) == [0, 1, 7, 8, 9]
     assert readers.cut_middle(list(range(5)), 5) == list(range(5))
+
+
+def test_prompts_of_data_sets_fit_the_model(tmp_path, tokenizer):
+    write(tmp_path / "vt.jsonl", {"input": "x " * 30, "outputs": ["A"]}, {"input": "x " * 300, "outputs": ["A"]})
+    write(tmp_path / "passkey.jsonl", {"context": "y " * 300, "input": "What?", "answer": "12"})
+    options = SimpleNamespace(data=[tmp_path], limit=5, chat=False, lengths=[50, 100])
+    samples, left_out = evaluate.data_samples(tokenizer, options, 100)
+    cut, whole = samples
+    assert left_out == {"vt": 1}
+    assert (cut.task, len(cut.tokens), cut.length) == ("passkey", 94, 100)
+    assert tokenizer.decode(cut.tokens).endswith("What?\nAnswer:")
+    assert (whole.task, whole.max_tokens, whole.length) == ("vt", 30, 50)
+
+
+def test_without_matplotlib_the_heat_map_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="needs matplotlib"):
+        heatmap.draw({"samples": []}, tmp_path / "map.png")
+
+
+def test_the_heat_map_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"depth": depth, "length": length, "dense": {"score": 1.0}, "sparse": {"score": depth}}
+        for depth in (0.1, 0.9)
+        for length in (600, 900)
+    ]
+    heatmap.draw({"model": "M", "samples": rows[:3]}, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_and_sums():
