@@ -33,7 +33,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for depth in depths
         ]
         means = [[sum(cell) / len(cell) if cell else float("nan") for cell in line] for line in cells]
-        axis.imshow(means, cmap=colours, vmin=low, vmax=1, aspect="auto")
+        axis.imshow(means, cmap=colours, vmin=low, vmax=1, aspect="auto", alpha=0.7)
         for y, line in enumerate(cells):
             for x, cell in enumerate(line):
                 if cell:

@@ -252,7 +252,7 @@ def make_samples(
             group = f"{task}/{length}/{index}"
             rng = random.Random(f"{seed}/{group}")
             # Few prompts of each task still cover all depths together.
-            depth = DEPTHS[(index + list(TASKS).index(task) + list(lengths).index(length)) % len(DEPTHS)]
+            depth = DEPTHS[(index + list(TASKS).index(task) + length) % len(DEPTHS)]
             for made in TASKS[task](maker, rng, length, depth):
                 made = {"depth": None, "metric": "string_match_all", **made}
                 made.setdefault("max_tokens", maker.answer_tokens(made["expected"]))
