@@ -81,16 +81,16 @@ def test_the_fact_is_at_the_stated_depth(task, maker, tokenizer):
 
 
 def test_prompts_depend_on_the_seed_alone(prose):
-    def made(seed, counts):
+    def made(seed, counts, lengths=(600, 900)):
         tokenizer = Words()
-        samples = tasks.make_samples(tasks.Maker(tokenizer, prose), list(tasks.TASKS), [600, 900], counts, seed)
+        samples = tasks.make_samples(tasks.Maker(tokenizer, prose), list(tasks.TASKS), lengths, counts, seed)
         return {(s.group, s.depth): tokenizer.decode(s.tokens) for s in samples}
 
     first = made(0, [2, 1])
     assert first == made(0, [2, 1])
     assert first != made(1, [2, 1])
-    # More prompts leave the first ones as they are.
-    more = made(0, [3, 2])
+    # More prompts and other lengths leave the first ones as they are.
+    more = made(0, [1, 3, 2], lengths=(512, 600, 900))
     assert {name: more[name] for name in first} == first
 
 
