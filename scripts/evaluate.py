@@ -13,6 +13,7 @@ with the options that the model gets: its preset, FLASHPREFILL_* variables, or -
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -78,16 +79,28 @@ def make_texts(maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]
     return texts
 
 
-def run(mode: str, job: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """What ran, and the results of the prompts and of the texts."""
-    with tempfile.TemporaryDirectory() as folder:
-        job_path, results = Path(folder, "job.json"), Path(folder, "results.jsonl")
-        job_path.write_text(json.dumps({**job, "mode": mode}))
-        done = subprocess.run([sys.executable, str(ENGINE), str(job_path), str(results)])
+def run(mode: str, job: dict[str, Any], out: Path, fresh: bool) -> tuple[dict[str, Any], list[dict], list[dict]]:
+    """What ran, and the results of the prompts and of the texts.
+
+    They stay beside `out`, and a dense run of the same prompts is not repeated, whatever the options of the sparse one.
+    """
+    results = out.with_suffix(f".{mode}.jsonl")
+    count, total = len(job["samples"]), len(job["samples"]) + len(job["texts"])
+    asked = json.dumps({**job, "mode": mode, "options": {}})
+    same = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    if mode == "sparse" or fresh or len(lines) != 1 + total or lines[0].get("job") != same:
+        with tempfile.TemporaryDirectory() as folder:
+            job_path = Path(folder, "job.json")
+            job_path.write_text(json.dumps({**job, "mode": mode, "job": same}))
+            done = subprocess.run([sys.executable, str(ENGINE), str(job_path), str(results)])
         if done.returncode != 0:
             sys.exit(f"error: the {mode} run failed; its message is above")
-        what_ran, *lines = map(json.loads, results.read_text().splitlines())
-    count = len(job["samples"])
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+    else:
+        print(f"dense: as in {results}; --fresh runs it again")
+    what_ran, *lines = lines
+    what_ran.pop("job")
     return what_ran, lines[:count], lines[count:]
 
 
@@ -111,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batched-tokens", type=int, default=4096, help="of a step; fewer take less memory")
     parser.add_argument("--graphs", action="store_true", help="let vLLM compile and capture graphs")
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vLLM's LLM, as JSON")
+    parser.add_argument("--fresh", action="store_true", help="run dense again though an earlier run is there")
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="result (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="also draw the heat map, as PNG")
     parser.add_argument("--draw", type=Path, help="only draw this result, beside it or to --plot")
@@ -170,8 +184,8 @@ def main() -> None:
         ],
         "texts": [{"tokens": text["tokens"], "first": text["first"]} for text in texts],
     }
-    _, dense, dense_texts = run("dense", job)
-    what_ran, sparse, sparse_texts = run("sparse", job)
+    _, dense, dense_texts = run("dense", job, options.out, options.fresh)
+    what_ran, sparse, sparse_texts = run("sparse", job, options.out, options.fresh)
     rows = report.sample_rows(samples, dense, sparse)
     result = {
         "model": Path(options.model).name,

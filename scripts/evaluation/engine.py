@@ -105,7 +105,7 @@ def main(job_path: str, results_path: str) -> None:
             results.write(json.dumps(result) + "\n")
             results.flush()
 
-        put(what_ran(llm, job["mode"]))
+        put({"job": job["job"], **what_ran(llm, job["mode"])})
         group = None
         for prompt in samples + texts:
             if prompt.get("group") is None or prompt["group"] != group:

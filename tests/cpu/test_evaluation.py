@@ -258,6 +258,35 @@ def test_prompts_of_data_sets_fit_the_model(tmp_path, tokenizer):
     assert (whole.task, whole.max_tokens, whole.length) == ("vt", 30, 50)
 
 
+def test_a_dense_run_of_the_same_prompts_is_not_repeated(tmp_path, monkeypatch):
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        """
+import json, sys
+job = json.load(open(sys.argv[1]))
+with open(sys.argv[2], "w") as results:
+    for row in [{"job": job["job"], "options": job["options"]}, *job["samples"], *job["texts"]]:
+        print(json.dumps(row), file=results)
+with open(__file__ + ".runs", "a") as runs:
+    print(job["mode"], file=runs)
+"""
+    )
+    monkeypatch.setattr(evaluate, "ENGINE", engine)
+    job = {"samples": [{"tokens": [1]}, {"tokens": [2]}], "texts": [{"tokens": [3]}], "options": {"alpha": 0.1}}
+
+    def run(mode, job, fresh=False):
+        _, samples, texts = evaluate.run(mode, job, tmp_path / "out.json", fresh)
+        assert (samples, texts) == (job["samples"], job["texts"])
+        return (tmp_path / "engine.py.runs").read_text().split()
+
+    assert run("dense", job) == ["dense"]
+    assert run("dense", {**job, "options": {"alpha": 0.2}}) == ["dense"]
+    assert run("dense", {**job, "texts": []}) == ["dense"] * 2
+    assert run("dense", job, fresh=True) == ["dense"] * 3
+    assert run("sparse", job) == ["dense"] * 3 + ["sparse"]
+    assert run("sparse", job) == ["dense"] * 3 + ["sparse"] * 2
+
+
 def test_without_matplotlib_the_heat_map_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="needs matplotlib"):
