@@ -25,8 +25,6 @@ def start(job: dict[str, Any]) -> tuple[Any, Callable[[], Any]]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Prompts go through one at a time: an engine core in a process of its own would only take longer to start.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import vllm_flashprefill
 
