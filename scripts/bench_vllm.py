@@ -52,7 +52,7 @@ LLAMA_8B = dict(
 TOKENS = [1, 16, 128, 512, 1024, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 122880]
 # Beyond these, in tokens: bounds, and prompts in chunks.
 LONG = 32768
-CHECK_TOKENS = (700, 5000, 20_000)
+CHECK_TOKENS, CHECK_CHUNK = (700, 5000, 20_000), 1024
 # (requests at once, tokens of each prompt)
 DECODE = [(1, 1024), (16, 1024), (64, 512)]
 DECODE_TOKENS = 128
@@ -79,7 +79,7 @@ class Engine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
-        self.chunk = max_model_len
+        self.max_model_len = self.chunk = max_model_len
         self._randomise()
 
     def _randomise(self) -> None:
@@ -92,8 +92,8 @@ class Engine:
             if "norm" in name:
                 weight.data.fill_(1.0)
             else:
-                scale = 0.04 if "qkv" in name else 0.02
-                weight.data.normal_(0.0, scale, generator=generator)
+                # With much larger ones two right implementations of attention would disagree: errors grow with depth.
+                weight.data.normal_(0.0, 0.02, generator=generator)
 
     @property
     def impls(self) -> list[Any]:
@@ -117,6 +117,12 @@ class Engine:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs)
         params.detokenize = False
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+    def first_logprobs(self) -> list[dict[str, float]]:
+        """The likeliest first tokens of each prompt of the check, as JSON keeps them."""
+        prompts = [self.prompt(min(tokens, self.max_model_len - 64)) for tokens in CHECK_TOKENS]
+        outputs = self.generate(prompts, 1, logprobs=20)
+        return [{str(t): lp.logprob for t, lp in output.outputs[0].logprobs[0].items()} for output in outputs]
 
     def prompt(self, tokens: int, seed: int = 0) -> list[int]:
         return np.random.default_rng(tokens + seed).integers(2, self.vocab_size, tokens).tolist()
@@ -227,12 +233,12 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
     results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
     if sparse:
         engine.configure(alpha=0.0)
-    results["check"] = [
-        [output.outputs[0].token_ids[0], {t: lp.logprob for t, lp in output.outputs[0].logprobs[0].items()}]
-        for output in engine.generate(
-            [engine.prompt(min(tokens, max(args.tokens))) for tokens in CHECK_TOKENS], 1, logprobs=5
-        )
-    ]
+    results["check"] = engine.first_logprobs()
+    if not sparse:
+        # What other chunks change in vLLM's own result is the noise.
+        engine.chunk = CHECK_CHUNK
+        results["noise"] = engine.first_logprobs()
+        engine.chunk = engine.max_model_len
     if sparse:
         engine.configure(alpha=0.1)
         results["min_sparse_tokens"] = engine.impls[0].flashprefill_config.min_sparse_tokens
@@ -266,7 +272,7 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
         prompts = [engine.prompt(tokens) for tokens in MIXED_PROMPTS if tokens <= max(args.tokens)]
         results["mixed_tokens"] = sum(map(len, prompts))
         timed("mixed", lambda: 1000 * min(engine.seconds(prompts, 32) for _ in range(2)))
-    engine.chunk = max(args.tokens) + 1024
+    engine.chunk = engine.max_model_len
     if sparse:
 
         def left_out(impl, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named):
@@ -279,14 +285,23 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
     return results
 
 
+def difference(found: list[dict[str, float]], expected: list[dict[str, float]]) -> tuple[float, float]:
+    """Of the expected likeliest tokens: the share that is among those found, and how far their log-probs differ."""
+    pairs = [(lp, a.get(token)) for a, b in zip(found, expected, strict=True) for token, lp in b.items()]
+    shared = [abs(lp - other) for lp, other in pairs if other is not None]
+    return len(shared) / len(pairs), statistics.mean(shared or [float("inf")])
+
+
 def agree(default: dict[str, Any], flash: dict[str, Any]) -> bool:
-    """Whether the first tokens of some prompts, at alpha 0, are the default backend's, or nearly as likely."""
-    for (token, logprobs), (flash_token, flash_logprobs) in zip(default["check"], flash["check"], strict=True):
-        gap = max(abs(lp - flash_logprobs[t]) for t, lp in logprobs.items() if t in flash_logprobs)
-        print(f"alpha 0: token {token} and {flash_token}, log-probabilities differ by {gap:.4f}", flush=True)
-        if (token != flash_token and abs(logprobs[token] - logprobs.get(flash_token, -99.0)) > 0.05) or gap > 0.1:
-            return False
-    return True
+    """Whether FlashPrefill at alpha 0 differs from the default backend by little more than that does from itself."""
+    share, error = difference(flash["check"], default["check"])
+    noise_share, noise = difference(default["noise"], default["check"])
+    print(
+        f"alpha 0: {share:.0%} of the likeliest tokens shared, log-probabilities differ by {error:.4f}; "
+        f"the default backend in chunks of {CHECK_CHUNK}: {noise_share:.0%}, {noise:.4f}",
+        flush=True,
+    )
+    return share >= noise_share - 0.15 and error <= 2 * noise + 0.02
 
 
 def main() -> None:
@@ -323,6 +338,7 @@ def main() -> None:
             command = [sys.executable, *sys.argv, "--worker", f"{backend},{folder},{out}"]
             subprocess.run(command, env=environment, check=True)
             found[backend] = json.loads(out.read_text())
+            print(f"{backend}: {json.dumps(found[backend])}", flush=True)
     write_rows(found["default"], found["flashprefill"], args)
 
 
