@@ -85,7 +85,8 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     try:
         apply()
         _check_options_before_a_model_loads()
-    except ImportError as error:
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A module, a name, a member of its enum or an argument is not there.
         _run_undo()
         raise RuntimeError(
             f"vLLM {installed_vllm()} has not what {name} extends ({error}); "
