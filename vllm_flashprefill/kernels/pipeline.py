@@ -41,7 +41,6 @@ def run_stages(
     Returns:
         out.
     """
-    num_heads = q.shape[2]
     workspace = workspace or Workspace(q.device)
     workspace.rewind()
     mean = workspace.empty((k.shape[2], schedule.num_mean_rows, k.shape[3]), MEAN_DTYPE)
@@ -59,11 +58,8 @@ def run_stages(
             lists=lists,
             counts=counts,
             scores=scores,
+            block_counts=block_counts,
         )
-        if block_counts is not None:
-            kept, visible = block_counts.unbind()
-            kept.add_(counts[: slab.num_items * num_heads].sum())
-            visible.add_(slab.list_slots * num_heads)
         sparse_attention(
             q,
             k,
