@@ -126,6 +126,12 @@ def assert_same(answers, expected, logprob_tolerance=2e-3):
         assert got["logprobs"] == pytest.approx(other["logprobs"], abs=logprob_tolerance)
 
 
+def flashprefill_metrics(text):
+    """{name and labels: value} of FlashPrefill's in what /metrics says, without reasons of which there was nothing."""
+    found = re.findall(r"^vllm:flashprefill_(\S+) (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found if "reason" not in name or float(value)}
+
+
 def vllm_version():
     import vllm
 

@@ -15,7 +15,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, engine_arguments, environment, run_engine, vllm_version
+from conftest import MODEL, ROOT, engine_arguments, environment, flashprefill_metrics, run_engine, vllm_version
 
 import vllm_flashprefill
 from vllm_flashprefill.patches import registration
@@ -84,6 +84,7 @@ def test_vllm_serve_with_the_variable_alone(text_ids):
         request = urllib.request.Request(f"{url}/v1/completions", body.encode(), {"Content-Type": "application/json"})
         answer = json.load(urllib.request.urlopen(request, timeout=120))
         assert answer["usage"]["prompt_tokens"] == 1500
+        scraped = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         try:
@@ -93,6 +94,16 @@ def test_vllm_serve_with_the_variable_alone(text_ids):
             log = server.communicate()[0]
     assert "FlashPrefillConfig(alpha=0.2, " in log
     assert "FlashPrefill: density" in log
+    assert "vllm:prompt_tokens_total" in scraped
+    counted = flashprefill_metrics(scraped)
+    assert counted["sparse_tokens_total"] == 30 * 1500
+    assert {name: value for name, value in counted.items() if "reason" in name} == {
+        'dense_tokens_total{reason="decode"}': 30
+    }
+    assert 0 < counted["kept_blocks_total"] < counted["visible_blocks_total"]
+    assert counted["density"] == counted["kept_blocks_total"] / counted["visible_blocks_total"]
+    assert counted["selection_seconds_total"] > 0
+    assert counted["attention_seconds_total"] > 0
 
 
 def test_without_the_variable_nothing_is_patched():

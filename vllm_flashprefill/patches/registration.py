@@ -71,6 +71,8 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
         RuntimeError: the wrong loader for the installed vLLM, or one whose processes would not find the plugin.
     """
     global _registered
+    from vllm_flashprefill.patches import metrics_endpoint
+
     name = loader_name.rpartition(".")[2]
     right = loader_for(installed_vllm())
     if name != right:
@@ -83,6 +85,7 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     log_interval()
     enabled()
     _check_plugin_is_found()
+    metrics_endpoint.show()
     try:
         apply()
         _check_options_before_a_model_loads()
