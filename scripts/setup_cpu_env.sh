@@ -82,4 +82,4 @@ if stamped "$engine_stamp" "$engine_hash" && stamped "$project_stamp" "$project_
 fi
 stamped "$engine_stamp" "$engine_hash" || install_engine
 install_project
-step "ready; next: .venv/bin/python scripts/fetch_model.py, or 'make demo' or 'make test', which do it too"
+step "ready; next: 'make demo' or 'make test', which fetch the model too"

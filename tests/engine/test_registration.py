@@ -31,11 +31,9 @@ def nothing_registered():
     vllm_flashprefill.revert()
 
 
-@pytest.mark.parametrize("load", ["patches", "package"])
-def test_a_loader_makes_the_engines_own_process_sparse(load, text_ids):
+def test_a_loader_makes_the_engines_own_process_sparse(text_ids):
     results, log = run_engine(
         [[(text_ids[:1500], 2)], [(text_ids[:60], 2)]],
-        load=load,
         env={
             "FLASHPREFILL_MIN_SPARSE_TOKENS": "1024",
             "FLASHPREFILL_NUM_DENSE_LAYERS": "3",
@@ -59,7 +57,7 @@ def test_vllm_serve_with_the_variable_alone(text_ids):
     env = environment(FLASHPREFILL="1", FLASHPREFILL_ALPHA="0.9", FLASHPREFILL_LOG_STATS="0.1")
     options = json.dumps({"flashprefill": {"alpha": 0.2, "min_sparse_tokens": 1024}})
     command = [vllm, "serve", str(MODEL), "--enforce-eager", "--port", str(port), "--max-model-len", "4096"]
-    command += ["--additional-config", options]
+    command += ["--max-num-batched-tokens", "2048", "--max-num-seqs", "16", "--additional-config", options]
     if VERSION not in ("0.10.0", "0.12.0"):
         command += ["--attention-backend", "CUSTOM"]
     server = subprocess.Popen(
