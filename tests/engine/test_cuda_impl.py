@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import vllm_flashprefill
 from vllm_flashprefill.backend import cuda_builder, prompt_lengths, stats
+from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.backend.routing import DenseReason
 from vllm_flashprefill.config import FlashPrefillConfig
 
@@ -46,8 +47,9 @@ def model():
 
 @pytest.fixture(autouse=True)
 def own_counters(monkeypatch):
-    """Engines that other tests start in this process make theirs."""
+    """Engines that other tests start in this process make theirs, and other tests' counts are none of these."""
     monkeypatch.setattr(stats, "_recorder", None)
+    device_counts.cache_clear()
 
 
 @pytest.fixture(scope="module")
