@@ -179,7 +179,9 @@ class FixedDensity:
                 return kept
         return prompt_blocks
 
-    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, **options: Any) -> None:
+    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, block_counts, **options: Any) -> None:
+        if config.alpha == 0.0:
+            options["block_counts"] = block_counts
         self.select(q, mean, schedule, slab, config=config, lists=lists, counts=counts, **options)
         if config.alpha == 0.0:
             return
@@ -189,7 +191,8 @@ class FixedDensity:
         key = (self.lengths.tobytes(), slab)
         if key not in self.made:
             self.made[key] = self._lists(q.shape[2], schedule, slab, config)
-        fixed_lists, fixed_counts = self.made[key]
+        fixed_lists, fixed_counts, fixed_block_counts = self.made[key]
+        block_counts.add_(fixed_block_counts)
         lists[: len(fixed_lists)].copy_(fixed_lists)
         counts[: len(fixed_counts)].copy_(fixed_counts)
 
@@ -216,7 +219,8 @@ class FixedDensity:
                 )
             lists[slot * heads : (slot + visible) * heads].reshape(heads, visible)[:, :count] = row
         device = schedule.requests.device
-        return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device)
+        block_counts = torch.tensor([int(counts.sum()), slab.list_slots * heads], device=device)
+        return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device), block_counts
 
 
 def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:

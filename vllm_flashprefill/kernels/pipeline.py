@@ -45,7 +45,6 @@ def run_stages(
     Returns:
         out.
     """
-    num_heads = q.shape[2]
     workspace = workspace or Workspace(q.device)
     workspace.rewind()
     if mark is not None:
@@ -65,11 +64,8 @@ def run_stages(
             lists=lists,
             counts=counts,
             scores=scores,
+            block_counts=block_counts,
         )
-        if block_counts is not None:
-            kept, visible = block_counts.unbind()
-            kept.add_(counts[: slab.num_items * num_heads].sum())
-            visible.add_(slab.list_slots * num_heads)
         if mark is not None:
             mark()
         sparse_attention(
