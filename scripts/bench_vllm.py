@@ -60,6 +60,16 @@ MIXED_PROMPTS = (2048, 30_000, 5000, 60_000, 12_000, 700, 20_000, 40_000)
 ALWAYS_SPARSE_UP_TO = 8192
 
 
+def write_tokenizer(folder: str, vocab_size: int) -> None:
+    """A word for each token; vLLM 0.10.0 does not do without a tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({f"w{token}": token for token in range(vocab_size)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(folder)
+
+
 class Engine:
     """An in-process engine and what of it is changed between measurements."""
 
@@ -69,7 +79,6 @@ class Engine:
         self.llm = LLM(
             str(model),
             load_format="dummy",
-            skip_tokenizer_init=True,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_model_len,
             enable_prefix_caching=False,
@@ -102,6 +111,8 @@ class Engine:
 
     @property
     def builders(self) -> list[Any]:
+        if not hasattr(self.runner, "attn_groups"):  # vLLM 0.10.0
+            return self.runner.attn_metadata_builders
         groups = [group for groups in self.runner.attn_groups for group in groups]
         return [builder for group in groups for builder in group.metadata_builders]
 
@@ -166,9 +177,9 @@ class FixedDensity:
         self.made: dict[tuple, Any] = {}
 
     def density(self, prompt_blocks: Any) -> Any:
-        """Published densities, interpolated in log of the length."""
+        """Published densities; between their lengths interpolated as powers of the length, as which they fall."""
         lengths, densities = zip(*self.points, strict=True)
-        return np.interp(np.log2(prompt_blocks * 128), np.log2(lengths), densities)
+        return np.exp2(np.interp(np.log2(prompt_blocks * 128), np.log2(lengths), np.log2(densities)))
 
     def blocks_kept(self, prompt_blocks: int, tail: int, least: int) -> int:
         """The smallest number of blocks for each query block before the tail that gives at least the density."""
@@ -329,6 +340,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = {**LLAMA_8B, "num_hidden_layers": args.layers}
         Path(folder, "config.json").write_text(json.dumps(config))
+        write_tokenizer(folder, config["vocab_size"])
         environment = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

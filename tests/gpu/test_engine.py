@@ -1,5 +1,6 @@
 """Whole engines on the GPU: FlashPrefill at alpha 0 beside vLLM's default backend, on the same mixed requests."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -48,6 +49,13 @@ def make_requests():
     return prompts
 
 
+def measures_free_memory():
+    """Whether vLLM sizes its cache by the memory it finds free, as 0.10.0 does, which the engines beside it change."""
+    from vllm import EngineArgs
+
+    return "kv_cache_memory_bytes" not in {field.name for field in dataclasses.fields(EngineArgs)}
+
+
 def run(folder, name, prompts, chunk, options):
     engine = dict(
         model=str(MODEL),
@@ -56,12 +64,17 @@ def run(folder, name, prompts, chunk, options):
         max_num_batched_tokens=chunk,
         max_num_seqs=16,
         enable_prefix_caching=True,
-        # vLLM measures what memory is free, which the engines beside it would change.
-        kv_cache_memory_bytes=10 << 30,
         max_logprobs=5,
     )
+    if measures_free_memory():
+        # A page of 16 tokens of SmolLM2-135M takes 360 KiB.
+        engine |= {"num_gpu_blocks_override": (10 << 20) // 360, "gpu_memory_utilization": 0.3}
+    else:
+        engine["kv_cache_memory_bytes"] = 10 << 30
     job, result = folder / f"{name}.job", folder / f"{name}.json"
-    job.write_text(json.dumps(dict(engine=engine, prompts=prompts, max_tokens=MAX_TOKENS, options=options)))
+    lock = str(folder / "lock") if measures_free_memory() else None
+    arguments = dict(engine=engine, prompts=prompts, max_tokens=MAX_TOKENS, options=options, start_lock=lock)
+    job.write_text(json.dumps(arguments))
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
