@@ -3,6 +3,7 @@ export PYTHON
 
 VENV := .venv
 VENV_0_10 := .venv-0.10.0
+VENV_0_24 := .venv-0.24.0
 MODEL := models/SmolLM2-135M-Instruct
 # With the Triton of vLLM 0.10.0, 0.12.0 and 0.24.0.
 COMPILE := scripts/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
@@ -18,9 +19,10 @@ help: ## list these targets
 demo: env model ## generate with the sparse prefill on vLLM 0.12.0's CPU engine
 	$(VENV)/bin/python scripts/generate.py
 
-test: env env-0.10 model ## run all tests on the CPU engines of vLLM 0.12.0 and 0.10.0; compile the kernels
+test: env env-0.10 env-0.24 model ## run all tests on the CPU engines of vLLM 0.24.0, 0.12.0 and 0.10.0; compile the kernels
 	@status=0; \
 	$(VENV)/bin/python -m pytest -rs tests/cpu tests/engine || status=1; \
+	$(VENV_0_24)/bin/python -m pytest -rs tests/engine || status=1; \
 	$(VENV_0_10)/bin/python -m pytest -rs tests/engine || status=1; \
 	$(COMPILE) || status=1; \
 	exit $$status
@@ -35,7 +37,7 @@ lint: env ## check style and format
 	exit $$status
 
 clean: ## remove the environments, the model and what builds and tests left
-	rm -rf $(VENV) $(VENV_0_10) .triton models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_0_10) $(VENV_0_24) .triton models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 env:
@@ -44,10 +46,13 @@ env:
 env-0.10:
 	@scripts/setup_cpu_env.sh 0.10.0 $(VENV_0_10)
 
+env-0.24:
+	@scripts/setup_cpu_env.sh 0.24.0 $(VENV_0_24)
+
 model: $(MODEL)/config.json
 
 $(MODEL)/config.json: | env
 	@$(VENV)/bin/python scripts/fetch_model.py
 
-.PHONY: help demo test compile lint clean env env-0.10 model
+.PHONY: help demo test compile lint clean env env-0.10 env-0.24 model
 .DEFAULT_GOAL := help

@@ -52,12 +52,22 @@ LLAMA_8B = dict(
 TOKENS = [1, 16, 128, 512, 1024, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 122880]
 # Beyond these, in tokens: bounds, and prompts in chunks.
 LONG = 32768
-CHECK_TOKENS = (700, 5000, 20_000)
+CHECK_TOKENS, CHECK_CHUNK = (700, 5000, 20_000), 1024
 # (requests at once, tokens of each prompt)
 DECODE = [(1, 1024), (16, 1024), (64, 512)]
 DECODE_TOKENS = 128
 MIXED_PROMPTS = (2048, 30_000, 5000, 60_000, 12_000, 700, 20_000, 40_000)
 ALWAYS_SPARSE_UP_TO = 8192
+
+
+def write_tokenizer(folder: str, vocab_size: int) -> None:
+    """A word for each token; vLLM 0.10.0 does not do without a tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({f"w{token}": token for token in range(vocab_size)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(folder)
 
 
 class Engine:
@@ -69,7 +79,6 @@ class Engine:
         self.llm = LLM(
             str(model),
             load_format="dummy",
-            skip_tokenizer_init=True,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_model_len,
             enable_prefix_caching=False,
@@ -79,7 +88,7 @@ class Engine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
-        self.chunk = max_model_len
+        self.max_model_len = self.chunk = max_model_len
         self._randomise()
 
     def _randomise(self) -> None:
@@ -92,8 +101,8 @@ class Engine:
             if "norm" in name:
                 weight.data.fill_(1.0)
             else:
-                scale = 0.04 if "qkv" in name else 0.02
-                weight.data.normal_(0.0, scale, generator=generator)
+                # With much larger ones two right implementations of attention would disagree: errors grow with depth.
+                weight.data.normal_(0.0, 0.02, generator=generator)
 
     @property
     def impls(self) -> list[Any]:
@@ -102,6 +111,8 @@ class Engine:
 
     @property
     def builders(self) -> list[Any]:
+        if not hasattr(self.runner, "attn_groups"):  # vLLM 0.10.0
+            return self.runner.attn_metadata_builders
         groups = [group for groups in self.runner.attn_groups for group in groups]
         return [builder for group in groups for builder in group.metadata_builders]
 
@@ -117,6 +128,12 @@ class Engine:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs)
         params.detokenize = False
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+    def first_logprobs(self) -> list[dict[str, float]]:
+        """The likeliest first tokens of each prompt of the check, as JSON keeps them."""
+        prompts = [self.prompt(min(tokens, self.max_model_len - 64)) for tokens in CHECK_TOKENS]
+        outputs = self.generate(prompts, 1, logprobs=20)
+        return [{str(t): lp.logprob for t, lp in output.outputs[0].logprobs[0].items()} for output in outputs]
 
     def prompt(self, tokens: int, seed: int = 0) -> list[int]:
         return np.random.default_rng(tokens + seed).integers(2, self.vocab_size, tokens).tolist()
@@ -160,9 +177,9 @@ class FixedDensity:
         self.made: dict[tuple, Any] = {}
 
     def density(self, prompt_blocks: Any) -> Any:
-        """Published densities, interpolated in log of the length."""
+        """Published densities; between their lengths interpolated as powers of the length, as which they fall."""
         lengths, densities = zip(*self.points, strict=True)
-        return np.interp(np.log2(prompt_blocks * 128), np.log2(lengths), densities)
+        return np.exp2(np.interp(np.log2(prompt_blocks * 128), np.log2(lengths), np.log2(densities)))
 
     def blocks_kept(self, prompt_blocks: int, tail: int, least: int) -> int:
         """The smallest number of blocks for each query block before the tail that gives at least the density."""
@@ -173,7 +190,9 @@ class FixedDensity:
                 return kept
         return prompt_blocks
 
-    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, **options: Any) -> None:
+    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, block_counts, **options: Any) -> None:
+        if config.alpha == 0.0:
+            options["block_counts"] = block_counts
         self.select(q, mean, schedule, slab, config=config, lists=lists, counts=counts, **options)
         if config.alpha == 0.0:
             return
@@ -183,7 +202,8 @@ class FixedDensity:
         key = (self.lengths.tobytes(), slab)
         if key not in self.made:
             self.made[key] = self._lists(q.shape[2], schedule, slab, config)
-        fixed_lists, fixed_counts = self.made[key]
+        fixed_lists, fixed_counts, fixed_block_counts = self.made[key]
+        block_counts.add_(fixed_block_counts)
         lists[: len(fixed_lists)].copy_(fixed_lists)
         counts[: len(fixed_counts)].copy_(fixed_counts)
 
@@ -210,7 +230,8 @@ class FixedDensity:
                 )
             lists[slot * heads : (slot + visible) * heads].reshape(heads, visible)[:, :count] = row
         device = schedule.requests.device
-        return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device)
+        block_counts = torch.tensor([int(counts.sum()), slab.list_slots * heads], device=device)
+        return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device), block_counts
 
 
 def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -227,12 +248,12 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
     results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
     if sparse:
         engine.configure(alpha=0.0)
-    results["check"] = [
-        [output.outputs[0].token_ids[0], {t: lp.logprob for t, lp in output.outputs[0].logprobs[0].items()}]
-        for output in engine.generate(
-            [engine.prompt(min(tokens, max(args.tokens))) for tokens in CHECK_TOKENS], 1, logprobs=5
-        )
-    ]
+    results["check"] = engine.first_logprobs()
+    if not sparse:
+        # What other chunks change in vLLM's own result is the noise.
+        engine.chunk = CHECK_CHUNK
+        results["noise"] = engine.first_logprobs()
+        engine.chunk = engine.max_model_len
     if sparse:
         engine.configure(alpha=0.1)
         results["min_sparse_tokens"] = engine.impls[0].flashprefill_config.min_sparse_tokens
@@ -266,7 +287,7 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
         prompts = [engine.prompt(tokens) for tokens in MIXED_PROMPTS if tokens <= max(args.tokens)]
         results["mixed_tokens"] = sum(map(len, prompts))
         timed("mixed", lambda: 1000 * min(engine.seconds(prompts, 32) for _ in range(2)))
-    engine.chunk = max(args.tokens) + 1024
+    engine.chunk = engine.max_model_len
     if sparse:
 
         def left_out(impl, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named):
@@ -279,14 +300,23 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
     return results
 
 
+def difference(found: list[dict[str, float]], expected: list[dict[str, float]]) -> tuple[float, float]:
+    """Of the expected likeliest tokens: the share that is among those found, and how far their log-probs differ."""
+    pairs = [(lp, a.get(token)) for a, b in zip(found, expected, strict=True) for token, lp in b.items()]
+    shared = [abs(lp - other) for lp, other in pairs if other is not None]
+    return len(shared) / len(pairs), statistics.mean(shared or [float("inf")])
+
+
 def agree(default: dict[str, Any], flash: dict[str, Any]) -> bool:
-    """Whether the first tokens of some prompts, at alpha 0, are the default backend's, or nearly as likely."""
-    for (token, logprobs), (flash_token, flash_logprobs) in zip(default["check"], flash["check"], strict=True):
-        gap = max(abs(lp - flash_logprobs[t]) for t, lp in logprobs.items() if t in flash_logprobs)
-        print(f"alpha 0: token {token} and {flash_token}, log-probabilities differ by {gap:.4f}", flush=True)
-        if (token != flash_token and abs(logprobs[token] - logprobs.get(flash_token, -99.0)) > 0.05) or gap > 0.1:
-            return False
-    return True
+    """Whether FlashPrefill at alpha 0 differs from the default backend by little more than that does from itself."""
+    share, error = difference(flash["check"], default["check"])
+    noise_share, noise = difference(default["noise"], default["check"])
+    print(
+        f"alpha 0: {share:.0%} of the likeliest tokens shared, log-probabilities differ by {error:.4f}; "
+        f"the default backend in chunks of {CHECK_CHUNK}: {noise_share:.0%}, {noise:.4f}",
+        flush=True,
+    )
+    return share >= noise_share - 0.15 and error <= 2 * noise + 0.02
 
 
 def main() -> None:
@@ -310,6 +340,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = {**LLAMA_8B, "num_hidden_layers": args.layers}
         Path(folder, "config.json").write_text(json.dumps(config))
+        write_tokenizer(folder, config["vocab_size"])
         environment = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -323,6 +354,7 @@ def main() -> None:
             command = [sys.executable, *sys.argv, "--worker", f"{backend},{folder},{out}"]
             subprocess.run(command, env=environment, check=True)
             found[backend] = json.loads(out.read_text())
+            print(f"{backend}: {json.dumps(found[backend])}", flush=True)
     write_rows(found["default"], found["flashprefill"], args)
 
 

@@ -36,6 +36,7 @@ POINTERS = {
     "out_ptr": "*T",
     "mean_ptr": "*fp16",
     "scores_ptr": "*fp32",
+    "block_counts_ptr": "*i64",
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
 }
@@ -77,7 +78,8 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
         }  # fmt: skip
 
     select = configs.SELECT[generation, head_size]
-    yield case(block_select._block_select_kernel, "block_select", launch_values(select))
+    for name, absent in (("block_select", ()), ("block_select, uncounted", ("block_counts_ptr",))):
+        yield case(block_select._block_select_kernel, name, launch_values(select), absent)
     tables = {
         "": (sparse_attention._sparse_attention_kernel, configs.ATTENTION),
         " tma": (sparse_attention._sparse_attention_kernel, configs.ATTENTION_TMA),

@@ -331,12 +331,14 @@ def check_all(batch, config, scale):
     out = torch.full_like(batch.q, torch.nan)
     counts = torch.zeros(2, dtype=torch.int64, device=out.device)
     workspace = nan_workspace(out.device)
+    marks = []
     for _ in range(2):
         pipeline.run_stages(
             batch.q, batch.k, batch.v, batch.schedule,
             config=config, softmax_scale=scale, out=out, block_table=batch.block_table,
-            block_counts=counts, workspace=workspace, **batch.scales,
+            block_counts=counts, workspace=workspace, **batch.scales, mark=lambda: marks.append(None),
         )  # fmt: skip
+    assert len(marks) == 2 * (1 + 2 * len(batch.schedule.slabs))
     visible = sum(
         batch.q.shape[2] * (block + 1)
         for r in batch.requests

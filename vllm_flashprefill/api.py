@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -157,6 +158,7 @@ def flash_prefill_paged(
     workspace: Workspace | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    mark: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Causal sparse attention of a step's sparse requests, whose keys and values are all in the cache.
 
@@ -174,6 +176,7 @@ def flash_prefill_paged(
         workspace: where the GPU's scratch comes from; allocated for this call if None.
         k_scale, v_scale: positive float32 of one element or [G], on q's device: what e4m3 keys and values are
             multiplied by; 1 if None.
+        mark: called on a GPU before the first stage, and after each selection and each attention, which take turns.
 
     Returns:
         out.
@@ -247,6 +250,7 @@ def flash_prefill_paged(
         workspace=workspace,
         k_scale=k_scale,
         v_scale=v_scale,
+        mark=mark,
     )
     return out
 

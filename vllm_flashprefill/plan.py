@@ -49,7 +49,8 @@ class StepPlan:
 
     Attributes:
         sparse: the sparse requests, in batch order.
-        dense: rows in the batch of the other requests, int64, in batch order.
+        dense: rows in the batch of the other requests, int64, in batch order; without those that have no tokens, which
+            pad a batch to the size of a CUDA graph.
         dense_tokens: tokens of this step that stay dense, by reason.
     """
 
@@ -105,6 +106,8 @@ def plan_step(
     dense_tokens: Counter[DenseReason] = Counter()
     batch = zip(query_start_loc[:-1].tolist(), query_lens.tolist(), seq_lens.tolist(), known_lens.tolist(), strict=True)
     for index, (query_start, query_len, seq_len, known_len) in enumerate(batch):
+        if query_len == 0:
+            continue
         context_len = seq_len - query_len
         reason = request_dense_reason(query_len, context_len, known_len, config)
         if reason is None:

@@ -3,7 +3,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, unwatch, watch
+from vllm_flashprefill.backend.prompt_lengths import (
+    INPUT_BATCH,
+    PREPARED_INPUTS,
+    prompt_lengths,
+    unwatch,
+    watch,
+)
 
 
 class Runner:
@@ -20,28 +26,80 @@ class Runner:
         return "reordered"
 
 
-@pytest.fixture
-def runner():
-    original = Runner._may_reorder_batch
-    watch(Runner)
-    watch(Runner)
-    yield Runner([0, 512], [4000, 900])
-    unwatch(Runner)
-    assert Runner._may_reorder_batch is original
+class SecondRunner:
+    """What of vLLM's second model runner is used."""
+
+    def __init__(self, computed, known):
+        self.computed, self.known = np.array(computed), np.array(known)
+
+    def prepare_inputs(self, scheduler_output, batch_desc):
+        return SimpleNamespace(num_computed_tokens_np=self.computed, prefill_len_np=self.known)
 
 
-def test_the_lengths_are_those_of_the_batch_being_built(runner):
+def first_step(runner):
+    return runner._may_reorder_batch(None)
+
+
+def second_step(runner):
+    return runner.prepare_inputs(None, batch_desc=None)
+
+
+@pytest.fixture(params=[(Runner, INPUT_BATCH, first_step), (SecondRunner, PREPARED_INPUTS, second_step)])
+def watched(request):
+    """A runner with two requests, and what it does once a step."""
+    runner_class, source, step = request.param
+    original = getattr(runner_class, source.method)
+    watch(runner_class, source)
+    watch(runner_class, source)
+    yield runner_class([0, 512], [4000, 900]), step
+    unwatch(runner_class, source)
+    assert getattr(runner_class, source.method) is original
+    assert prompt_lengths(np.array([0, 512])) is None
+
+
+def test_the_lengths_are_those_of_the_batch_being_built(watched):
+    runner, step = watched
     assert prompt_lengths(np.array([0, 512])) is None, "no step has run yet"
-    assert runner._may_reorder_batch(None) == "reordered"
+    step(runner)
     assert prompt_lengths(np.array([0, 512])).tolist() == [4000, 900]
 
 
-def test_another_batch_has_none(runner):
-    runner._may_reorder_batch(None)
+def test_another_batch_has_none(watched):
+    runner, step = watched
+    step(runner)
     assert prompt_lengths(np.array([0, 0])) is None
     assert prompt_lengths(np.array([0])) is None
 
 
-def test_a_runner_without_the_method_is_one_clear_error():
-    with pytest.raises(RuntimeError, match="SimpleNamespace of this vLLM has no _may_reorder_batch"):
-        watch(SimpleNamespace)
+def test_requests_of_padding_have_no_prompt(watched):
+    runner, step = watched
+    step(runner)
+    assert prompt_lengths(np.array([0, 512, 0, 0])).tolist() == [4000, 900, 0, 0]
+
+
+def test_what_a_runner_returns_is_its_own():
+    watch(Runner)
+    try:
+        assert Runner([0], [5])._may_reorder_batch(None) == "reordered"
+    finally:
+        unwatch(Runner)
+
+
+def test_the_runner_that_stepped_last_says_it():
+    """Both are watched where vLLM has both; one of them runs."""
+    watch(Runner)
+    watch(SecondRunner, PREPARED_INPUTS)
+    try:
+        first_step(Runner([0, 512], [4000, 900]))
+        second_step(SecondRunner([7], [70]))
+        assert prompt_lengths(np.array([0, 512])) is None
+        assert prompt_lengths(np.array([7])).tolist() == [70]
+    finally:
+        unwatch(Runner)
+        unwatch(SecondRunner, PREPARED_INPUTS)
+
+
+@pytest.mark.parametrize("source", [INPUT_BATCH, PREPARED_INPUTS])
+def test_a_runner_without_the_method_is_one_clear_error(source):
+    with pytest.raises(RuntimeError, match=f"SimpleNamespace of this vLLM has no {source.method}"):
+        watch(SimpleNamespace, source)

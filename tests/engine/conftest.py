@@ -44,12 +44,14 @@ def environment(**more):
 
 
 def engine_arguments(**changes):
+    """Steps of few tokens and requests, since an engine starts with the largest step it may get."""
     return {
         "model": str(MODEL),
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 8192,
-        "max_num_batched_tokens": 8192,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 16,
         "enable_prefix_caching": False,
         "seed": 0,
         **changes,
@@ -95,13 +97,13 @@ def free_engine():
     gc.collect()
 
 
-def run_engine(batches, *, load, env):
+def run_engine(batches, *, env):
     """Run batches through an engine core in its own process; see `engine_job`.
 
     Returns:
         ([{"answers", "stats"} of each batch], everything the processes wrote)
     """
-    job = {"engine": engine_arguments(max_model_len=4096), "batches": batches, "load": load}
+    job = {"engine": engine_arguments(max_model_len=4096), "batches": batches}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine_job.py")],
         cwd=ROOT,
@@ -124,6 +126,12 @@ def assert_same(answers, expected, logprob_tolerance=2e-3):
     for got, other in zip(answers, expected, strict=True):
         assert got["tokens"] == other["tokens"]
         assert got["logprobs"] == pytest.approx(other["logprobs"], abs=logprob_tolerance)
+
+
+def flashprefill_metrics(text):
+    """{name and labels: value} of FlashPrefill's in what /metrics says, without reasons of which there was nothing."""
+    found = re.findall(r"^vllm:flashprefill_(\S+) (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found if "reason" not in name or float(value)}
 
 
 def vllm_version():

@@ -1,7 +1,7 @@
 """Run prompts through a vLLM engine: a JSON job on stdin, a line with the batches' results.
 
-A job has `engine` (arguments of LLM), `batches` (lists of [prompt token ids, tokens to generate]) and `load`:
-how FlashPrefill comes in, "patches" or "package" being where the loader is imported from.
+A job has `engine` (arguments of LLM) and `batches` (lists of [prompt token ids, tokens to generate]). FlashPrefill
+comes in by an import of the loader from the checkout.
 """
 
 import json
@@ -10,11 +10,10 @@ import sys
 RESULT = "RESULT "
 
 
-def load(package):
+def load():
     from vllm_flashprefill.patches.registration import installed_vllm, loader_for
 
-    package = {"patches": "patches", "package": "vllm_flashprefill.patches"}[package]
-    exec(f"from {package} import {loader_for(installed_vllm())}")
+    exec(f"from patches import {loader_for(installed_vllm())}")
 
 
 def answer(llm, batch):
@@ -39,7 +38,7 @@ def answer(llm, batch):
 
 def main():
     job = json.load(sys.stdin)
-    load(job["load"])
+    load()
 
     from vllm import LLM
 

@@ -17,8 +17,9 @@ from conftest import vllm_version
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_flashprefill.backend import builder as builder_module
-from vllm_flashprefill.backend import cuda_builder, stats
+import vllm_flashprefill
+from vllm_flashprefill.backend import cuda_builder, prompt_lengths, stats
+from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.backend.routing import DenseReason
 from vllm_flashprefill.config import FlashPrefillConfig
 
@@ -31,6 +32,12 @@ SPARSE = FlashPrefillConfig(alpha=0.4, **{**BARE, "num_dense_tail_blocks": 1})
 LAYER = "model.layers.1.self_attn.attn"
 
 version_module = importlib.import_module(f"vllm_flashprefill.patches.vllm_{vllm_version().replace('.', '_')}_cuda")
+attention = importlib.import_module(
+    "vllm.v1.attention.backends.utils" if vllm_version() in ("0.10.0", "0.12.0") else "vllm.v1.attention.backend"
+)
+# Which dimension of a cache is of keys and values.
+KV_DIM = version_module.FlashPrefillCUDABackend.get_kv_cache_shape(16, 16, KV_HEADS, HEAD_SIZE).index(2)
+COMMON_FIELDS = {field.name for field in dataclasses.fields(attention.CommonAttentionMetadata)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,8 +47,9 @@ def model():
 
 @pytest.fixture(autouse=True)
 def own_counters(monkeypatch):
-    """Engines that other tests start in this process make theirs."""
+    """Engines that other tests start in this process make theirs, and other tests' counts are none of these."""
     monkeypatch.setattr(stats, "_recorder", None)
+    device_counts.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,7 @@ def write_cache(key, value, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_sc
 
 
 def flash_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softmax_scale, causal, **options):
-    assert causal and q.shape[0] == cu_seqlens_q[-1]
+    assert q[cu_seqlens_q[-1] :].isnan().all(), "what belongs to no request is padding"
     bounds = cu_seqlens_q.tolist()
     for row, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
@@ -83,16 +91,17 @@ def flash_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softm
         seq_len = int(seqused_k[row])
         pages = block_table[row, : math.ceil(seq_len / k.shape[1])].long()
         keys, values = (cache[pages].flatten(0, 1)[:seq_len] for cache in (k, v))
-        out[start:end] = attend(q[start:end], keys, values)
+        out[start:end] = attend(q[start:end], keys, values, causal)
 
 
-def attend(q, k, v):
-    """Causal attention of the last of the tokens, in float32."""
+def attend(q, k, v, causal=True):
+    """Attention of the last of the tokens, in float32."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
     logits = SCALE * torch.einsum("thd,shd->hts", q.float(), k)
-    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-    return torch.einsum("hts,shd->thd", logits.masked_fill(hidden, -torch.inf).softmax(dim=-1), v).to(q.dtype)
+    if causal:
+        logits.masked_fill_(torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1), -torch.inf)
+    return torch.einsum("hts,shd->thd", logits.softmax(dim=-1), v).to(q.dtype)
 
 
 class Calls(list):
@@ -142,14 +151,31 @@ class Request:
         return q.to(DTYPE), k.to(DTYPE), v.to(DTYPE)
 
 
+def new_cache(num_pages, page_size, heads_first=False):
+    """A cache laid out as vLLM's, and its [2, num_pages, page_size, G, D] view."""
+    shape = version_module.FlashPrefillCUDABackend.get_kv_cache_shape(num_pages, page_size, KV_HEADS, HEAD_SIZE)
+    cache = torch.full(shape, torch.nan, dtype=DTYPE)
+    if heads_first:
+        cache = cache.transpose(2, 3).contiguous().transpose(2, 3)
+    return cache, cache.movedim(KV_DIM, 0)
+
+
 @dataclass
 class Step:
-    """A batch as vLLM's model runner gives it to builder and impl."""
+    """A batch as vLLM's model runner gives it to builder and impl.
+
+    Attributes:
+        padding: rows after the batch's own.
+        group: which of the groups of layers this is, whose caches have pages in another order.
+        in_a_graph: whether the batch is padded as those of full CUDA graphs, with that many requests without tokens.
+    """
 
     requests: list
     page_size: int
     padding: int
     heads_first: bool = False
+    group: int = 0
+    in_a_graph: bool = False
 
     def __post_init__(self):
         self.parts = [request.tensors() for request in self.requests]
@@ -157,12 +183,10 @@ class Step:
         self.num_tokens = sum(query_lens)
         self.starts = np.cumsum([0, *query_lens])
         counts = [-(-request.seq_len // self.page_size) for request in self.requests]
-        order = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(len(counts)))
+        generator = torch.Generator().manual_seed(100 * self.group + len(counts))
+        order = torch.randperm(sum(counts) + 2, generator=generator)
         self.block_table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32)
-        shape = (2, len(order), self.page_size, KV_HEADS, HEAD_SIZE)
-        self.kv_cache = torch.full(shape, torch.nan, dtype=DTYPE)
-        if self.heads_first:
-            self.kv_cache = self.kv_cache.transpose(2, 3).contiguous().transpose(2, 3)
+        self.kv_cache, self.keys_and_values = new_cache(len(order), self.page_size, self.heads_first)
         slots = []
         used = 0
         for row, (request, count) in enumerate(zip(self.requests, counts, strict=True)):
@@ -171,7 +195,7 @@ class Step:
             slot = self.block_table[row, positions // self.page_size].long() * self.page_size
             slot += positions % self.page_size
             context = request.context_len
-            for cache, x in zip(self.kv_cache, self.parts[row][1:], strict=True):
+            for cache, x in zip(self.keys_and_values, self.parts[row][1:], strict=True):
                 cache[slot[:context] // self.page_size, slot[:context] % self.page_size] = x[:context]
             slots.append(slot[context:])
             used += count
@@ -188,26 +212,44 @@ class Step:
         return list(zip(self.parts, self.requests, strict=True))
 
     def common(self, **changes):
-        from vllm.v1.attention.backends.utils import CommonAttentionMetadata
-
         seq_lens = torch.tensor([r.seq_len for r in self.requests], dtype=torch.int32)
+        computed = torch.tensor([r.context_len for r in self.requests], dtype=torch.int32)
         starts = torch.from_numpy(self.starts).int()
         values = dict(
             query_start_loc=starts,
             query_start_loc_cpu=starts.clone(),
             seq_lens=seq_lens,
             seq_lens_cpu=seq_lens.clone(),
-            num_computed_tokens_cpu=torch.tensor([r.context_len for r in self.requests], dtype=torch.int32),
+            _seq_lens_cpu=seq_lens.clone(),
+            seq_lens_cpu_upper_bound=seq_lens.clone(),
+            num_computed_tokens_cpu=computed,
+            _num_computed_tokens_cpu=computed,
             num_reqs=len(self.requests),
             num_actual_tokens=self.num_tokens,
             max_query_len=max(r.query_len for r in self.requests),
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=self.block_table,
             slot_mapping=self.slot_mapping,
-            **changes,
+            is_prefilling=computed < torch.tensor([r.seq_len + r.rest for r in self.requests]),
         )
-        fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
-        return CommonAttentionMetadata(**{name: value for name, value in values.items() if name in fields})
+        if self.in_a_graph:
+            values |= self._padded(values)
+        values |= changes
+        return attention.CommonAttentionMetadata(**{k: v for k, v in values.items() if k in COMMON_FIELDS})
+
+    def _padded(self, values):
+        def pad(x, value=0):
+            return torch.cat([x, x.new_full((self.padding, *x.shape[1:]), value)])
+
+        by_request = {k for k, v in values.items() if torch.is_tensor(v) and len(v) == len(self.requests)}
+        return {
+            **{name: pad(values[name]) for name in by_request},
+            "query_start_loc": pad(values["query_start_loc"], self.num_tokens),
+            "query_start_loc_cpu": pad(values["query_start_loc_cpu"], self.num_tokens),
+            "slot_mapping": pad(values["slot_mapping"], -1),
+            "num_reqs": len(self.requests) + self.padding,
+            "num_actual_tokens": self.num_tokens + self.padding,
+        }
 
     def pieces(self, out):
         return list(out[: self.num_tokens].split([r.query_len for r in self.requests]))
@@ -216,7 +258,7 @@ class Step:
 class Classes:
     """A builder and an impl of this vLLM, made as vLLM makes them."""
 
-    def __init__(self, vllm_config, config, page_size=16, **changes):
+    def __init__(self, vllm_config, config, page_size=16, builder_class=None, **changes):
         from vllm.config import set_current_vllm_config
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -236,22 +278,35 @@ class Classes:
         )
         with set_current_vllm_config(vllm_config):
             self.impl = backend.get_impl_cls()(**{**impl, **changes})
-            self.builder = backend.get_builder_cls()(
+            self.builder = (builder_class or backend.get_builder_cls())(
                 **{name: value for name, value in arguments.items() if name in known}, device=torch.device("cpu")
             )
         self.impl.flashprefill_config = self.builder.flashprefill_config = config
+        self.impl.vllm_flash_attn_version = 2
         one = torch.ones(1)
         self.layer = SimpleNamespace(layer_name=LAYER, _q_scale=one, _k_scale=one, _v_scale=one)
 
-    def build(self, step, common_prefix_len=0, **changes):
+    def build(self, step, common_prefix_len=0, drafted=0, **changes):
+        """The step's metadata, where the model runner knows how long the prompts are.
+
+        Args:
+            drafted: tokens of each request that were drafted before and not accepted, which the runner does not know.
+        """
+        batch = SimpleNamespace(
+            num_reqs=len(step.requests),
+            num_computed_tokens_cpu=np.array([r.context_len for r in step.requests]) + drafted,
+            num_tokens_no_spec=np.array([r.seq_len + r.rest for r in step.requests]),
+        )
         with pytest.MonkeyPatch.context() as patch:
-            prompts = np.array([r.seq_len + r.rest for r in step.requests])
-            patch.setattr(builder_module, "prompt_lengths", lambda computed: prompts)
+            patch.setattr(prompt_lengths, "_watched", (prompt_lengths.INPUT_BATCH, batch))
             return self.builder.build(common_prefix_len, step.common(**changes))
 
-    def forward(self, step, metadata, *scales):
-        query, key, value, output = step.inputs()
-        returned = self.impl.forward(self.layer, query, key, value, step.kv_cache, metadata, output, *scales)
+    def forward(self, step, metadata, inputs=None, **scales):
+        """What vLLM's attention layer does; 0.24.0's writes the cache first."""
+        query, key, value, output = inputs or step.inputs()
+        if metadata is not None and hasattr(self.impl, "do_kv_cache_update"):
+            self.impl.do_kv_cache_update(self.layer, key, value, step.kv_cache, metadata.slot_mapping)
+        returned = self.impl.forward(self.layer, query, key, value, step.kv_cache, metadata, output=output, **scales)
         assert returned is output
         return output
 
@@ -334,7 +389,7 @@ def test_a_request_reads_pages_that_another_of_the_step_writes(vllm_config, call
     for row in (1, 2):
         _q, k, v = step.parts[row]
         k[:128], v[:128] = first[1][:128], first[2][:128]
-        step.kv_cache[:, step.block_table[row, :8].long()] = torch.nan
+        step.keys_and_values[:, step.block_table[row, :8].long()] = torch.nan
         step.block_table[row, :8] = step.block_table[0, :8]
     assert_dense(step, Classes(vllm_config, EXACT).run(step))
 
@@ -345,9 +400,9 @@ def test_a_step_with_no_sparse_request_is_vllms_own(vllm_config, calls):
     metadata = classes.build(step)
     before = dict(vars(metadata))
     calls.clear()
-    query, key, value, output = step.inputs()
+    query, key, value, output = inputs = step.inputs()
     with counted() as count:
-        classes.impl.forward(classes.layer, query, key, value, step.kv_cache, metadata, output=output)
+        classes.forward(step, metadata, inputs)
     (call,) = calls
     assert call["query"] is query and call["key"] is key and call["value"] is value and call["output"] is output
     assert call["attn_metadata"] is metadata and vars(metadata) == before
@@ -386,7 +441,7 @@ def test_a_quantised_output_is_refused_by_vllm(vllm_config, calls):
     classes = Classes(vllm_config, EXACT)
     step = Step([Request(600)], 16, 0)
     with pytest.raises(NotImplementedError, match="output quantization"):
-        classes.forward(step, classes.build(step), torch.ones(1))
+        classes.forward(step, classes.build(step), output_scale=torch.ones(1))
 
 
 def test_cascade_attention(vllm_config, calls, monkeypatch):
@@ -412,17 +467,19 @@ def reason_of(classes, kv_cache):
 
 
 def test_layers_the_kernels_do_not_take_are_dense(vllm_config, calls):
-    shape = (2, 4, 16, KV_HEADS, HEAD_SIZE)
-    cache = torch.zeros(shape, dtype=DTYPE)
+    cache, _keys_and_values = new_cache(4, 16)
+
+    def reshaped(page_size=16, head_size=HEAD_SIZE):
+        return torch.zeros(2, 4, page_size, KV_HEADS, head_size, dtype=DTYPE).movedim(0, KV_DIM)
+
     classes = Classes(vllm_config, EXACT)
     assert reason_of(classes, cache) is None
     assert reason_of(classes, cache.float()) is DenseReason.DTYPE
-    assert reason_of(classes, torch.zeros(2, 4, 24, KV_HEADS, HEAD_SIZE, dtype=DTYPE)) is DenseReason.KV_CACHE_LAYOUT
-    assert reason_of(classes, torch.zeros(shape[::-1], dtype=DTYPE).permute(4, 3, 2, 1, 0)) is (
-        DenseReason.KV_CACHE_LAYOUT
-    )
+    assert reason_of(classes, reshaped(page_size=24)) is DenseReason.KV_CACHE_LAYOUT
+    strided = torch.zeros(cache.shape[::-1], dtype=DTYPE).permute(4, 3, 2, 1, 0)
+    assert reason_of(classes, strided) is DenseReason.KV_CACHE_LAYOUT
     odd = Classes(vllm_config, EXACT, head_size=96)
-    assert reason_of(odd, torch.zeros(*shape[:-1], 96, dtype=DTYPE)) is DenseReason.HEAD_SIZE
+    assert reason_of(odd, reshaped(head_size=96)) is DenseReason.HEAD_SIZE
     assert not odd.impl.may_be_sparse
     assert reason_of(Classes(vllm_config, EXACT, sliding_window=64), cache) is DenseReason.SLIDING_WINDOW
 
@@ -438,27 +495,252 @@ def test_a_dense_layer_takes_a_mixed_step_whole(vllm_config, calls):
     assert count.stats == stats.Stats(dense_tokens={"dense_layer": 601})
 
 
+def assert_not_planned(classes, step, metadata, calls):
+    """The batch is dense, vLLM's own, and counted."""
+    calls.clear()
+    with counted() as count:
+        out = classes.forward(step, metadata)
+    assert [call["attn_metadata"] for call in calls] == [metadata]
+    assert count.stats == stats.Stats(dense_tokens={"not_planned": step.num_tokens})
+    return out
+
+
 def test_a_draft_models_batch_is_vllms_own(vllm_config, calls):
     classes = Classes(vllm_config, EXACT)
     step = Step([Request(600), Request(1, 400)], 16, 0)
     metadata = classes.builder.build(0, step.common(), fast_build=True)
-    calls.clear()
-    with counted() as count:
-        assert_dense(step, classes.forward(step, metadata))
-    assert [call["attn_metadata"] for call in calls] == [metadata]
-    assert count.stats == stats.Stats(dense_tokens={"not_planned": 601})
+    assert_dense(step, assert_not_planned(classes, step, metadata, calls))
 
 
 def test_a_batch_that_describes_no_requests_is_vllms_own(vllm_config, calls):
     classes = Classes(vllm_config, EXACT)
     step = Step([Request(600)], 16, 0)
-    metadata = classes.builder.build(
-        0, dataclasses.replace(step.common(), query_start_loc_cpu=torch.tensor([5, 0], dtype=torch.int32))
+    metadata = classes.build(step, query_start_loc_cpu=torch.tensor([5, 0], dtype=torch.int32))
+    assert_dense(step, assert_not_planned(classes, step, metadata, calls))
+
+
+since_0_24 = pytest.mark.skipif(vllm_version() in ("0.10.0", "0.12.0"), reason="vLLM 0.24.0 has it")
+
+
+def needs(*fields):
+    """For tests of what only newer versions say of a batch."""
+    missing = [field for field in fields if field not in COMMON_FIELDS]
+    return pytest.mark.skipif(bool(missing), reason=f"vLLM {vllm_version()} has no {', '.join(missing)}")
+
+
+@needs("causal")
+def test_a_batch_that_is_not_causal_is_vllms_own(vllm_config, calls):
+    classes = Classes(vllm_config, EXACT)
+    step = Step([Request(600), Request(400)], 16, 0)
+    out = assert_not_planned(classes, step, classes.build(step, causal=False), calls)
+    for (q, k, v), got in zip(step.parts, step.pieces(out), strict=True):
+        torch.testing.assert_close(got, attend(q, k, v, causal=False), rtol=2e-2, atol=1e-2)
+    by_request = classes.build(step, causal=torch.tensor([True, False]))
+    assert not hasattr(by_request, "flashprefill")
+
+
+@needs("mm_req_doc_ranges")
+@pytest.mark.parametrize("ranges", [{}, {0: [(100, 300)], 1: []}])
+def test_a_batch_of_a_model_with_bidirectional_images_is_vllms_own(vllm_config, calls, ranges):
+    classes = Classes(vllm_config, EXACT)
+    step = Step([Request(600), Request(1, 400)], 16, 0)
+    metadata = classes.build(step, mm_req_doc_ranges=ranges)
+    # FlashAttention 2, of which this test makes believe, leaves the ranges out.
+    assert_dense(step, assert_not_planned(classes, step, metadata, calls))
+
+
+@needs("dcp_local_seq_lens")
+def test_a_context_parallel_batch_is_not_planned(vllm_config, calls):
+    classes = Classes(vllm_config, EXACT)
+    classes.builder.dcp_world_size = 2
+    classes.builder._dcp_context_kv_lens = torch.full((8,), -1, dtype=torch.int32)
+    metadata = classes.build(Step([Request(1, 400), Request(500, 100)], 16, 0))
+    assert not hasattr(metadata, "flashprefill")
+    assert metadata.dcp_context_kv_lens.tolist() == [200, 50], "the whole batch's stay in vLLM's buffer"
+    classes.impl.dcp_world_size = 2
+    assert reason_of(classes, new_cache(4, 16)[0]) is DenseReason.CONTEXT_PARALLEL
+
+
+@since_0_24
+def test_static_sinks_are_vllms_own(vllm_config, calls):
+    """vLLM's builder for them, made around ours, puts tokens before each request that the host does not count."""
+    from vllm.model_executor.layers.attention.static_sink_attention import create_static_sink_attention_backend
+
+    backend = create_static_sink_attention_backend(version_module.FlashPrefillCUDABackend, sink_len=128)
+    classes = Classes(vllm_config, EXACT, builder_class=backend.get_builder_cls())
+    metadata = classes.build(Step([Request(600)], 16, 0))
+    assert metadata.seq_lens.tolist() == [728]
+    assert not hasattr(metadata, "flashprefill")
+
+
+@since_0_24
+def test_local_attention_is_planned_by_its_own_lengths(vllm_config, calls):
+    """vLLM's builder for it, made around ours, makes requests of chunks, and leaves the bound of the others."""
+    from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
+
+    backend = create_chunked_local_attention_backend(version_module.FlashPrefillCUDABackend, 512)
+    classes = Classes(vllm_config, EXACT, builder_class=backend.get_builder_cls())
+    step = Step([Request(400, 600), Request(1, 700)], 16, 0)
+    metadata = classes.build(step)
+    (sparse,) = metadata.flashprefill.plan.sparse
+    assert (sparse.context_len, sparse.query_len) == (88, 400)
+    for (q, k, v), got in zip(step.parts, step.pieces(classes.forward(step, metadata)), strict=True):
+        torch.testing.assert_close(got, attend(q, k[512:], v[512:]), rtol=2e-2, atol=1e-2)
+
+
+@needs("seq_lens_cpu_upper_bound")
+@pytest.mark.parametrize("together", [True, False])
+def test_lengths_that_are_only_a_bound(vllm_config, calls, monkeypatch, together):
+    """Some drafted tokens were not accepted, which only the device knows: nobody waits for it."""
+
+    def wait(self):
+        pytest.fail("the lengths were copied from the device")
+
+    monkeypatch.setattr(attention.CommonAttentionMetadata, "seq_lens_cpu", property(wait))
+    monkeypatch.setattr(attention.CommonAttentionMetadata, "num_computed_tokens_cpu", property(wait))
+    requests = [Request(4, 400), Request(3, 500), Request(500, 200, 100), Request(4, 280)]
+    step = Step(requests[: 3 if together else 4], 16, 0)
+    exact = np.array([r.seq_len for r in step.requests], dtype=np.int32)
+    drafted = np.array([3, 2, 0, 3][: len(exact)], dtype=np.int32)
+    classes = Classes(vllm_config, EXACT)
+    metadata = classes.build(
+        step,
+        drafted=drafted,
+        _seq_lens_cpu=None,
+        _num_computed_tokens_cpu=None,
+        seq_lens_cpu_upper_bound=torch.from_numpy(exact + drafted),
     )
-    assert metadata.flashprefill is None
-    with counted() as count:
-        classes.forward(step, metadata)
-    assert count.stats.dense_tokens == {"not_planned": 600}
+    plan = metadata.flashprefill.plan
+    assert [(r.index, r.context_len, r.prompt_len) for r in plan.sparse] == [(2, 200, 800)]
+    assert plan.dense_tokens == {DenseReason.DECODE: step.num_tokens - 500}
+    assert metadata.flashprefill.dense_metadata.max_seq_len == 505
+    assert_dense(step, classes.forward(step, metadata))
+
+
+@needs("seq_lens_cpu_upper_bound")
+def test_a_batch_whose_lengths_only_the_device_knows_is_vllms_own(vllm_config, calls, monkeypatch):
+    """A draft model's, in vLLM's second model runner."""
+    monkeypatch.setattr(
+        attention.CommonAttentionMetadata, "seq_lens_cpu", property(lambda self: pytest.fail("copied from the device"))
+    )
+    classes = Classes(vllm_config, EXACT)
+    step = Step([Request(600), Request(1, 400)], 16, 0)
+    metadata = classes.build(step, _seq_lens_cpu=None, _num_computed_tokens_cpu=None, seq_lens_cpu_upper_bound=None)
+    assert_dense(step, assert_not_planned(classes, step, metadata, calls))
+
+
+@since_0_24
+def test_lengths_from_the_second_model_runner(vllm_config, calls, monkeypatch):
+    """Its batch has no exact lengths on the host, and requests without tokens in full CUDA graphs."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    class Runner(GPUModelRunner):
+        def __init__(self):
+            pass
+
+        def prepare_inputs(self, **known):
+            return InputBatch(**{field.name: known.get(field.name) for field in dataclasses.fields(InputBatch)})
+
+    assert inspect.signature(GPUModelRunner.prepare_inputs).return_annotation is InputBatch
+    step = Step([Request(1, 400), Request(500, 200, 300)], 16, 2, in_a_graph=True)
+    common = step.common(_seq_lens_cpu=None, _num_computed_tokens_cpu=None)
+    classes = Classes(vllm_config, SPARSE)
+    prompt_lengths.watch(Runner, prompt_lengths.PREPARED_INPUTS)
+    try:
+        Runner().prepare_inputs(num_computed_tokens_np=np.array([400, 200]), prefill_len_np=np.array([300, 1000]))
+        metadata = classes.builder.build(0, common)
+    finally:
+        prompt_lengths.unwatch(Runner, prompt_lengths.PREPARED_INPUTS)
+    (sparse,) = metadata.flashprefill.plan.sparse
+    assert (sparse.index, sparse.context_len, sparse.query_len, sparse.prompt_len) == (1, 200, 500, 1000)
+    assert metadata.flashprefill.plan.dense_tokens == {DenseReason.DECODE: 1}
+
+
+@since_0_24
+def test_both_model_runners_are_watched_until_the_backend_is_reverted(vllm_config, calls):
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Second
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
+
+    def watched():
+        return [
+            hasattr(method, "_flashprefill_original") for method in (First._may_reorder_batch, Second.prepare_inputs)
+        ]
+
+    vllm_flashprefill.register()
+    Classes(vllm_config, EXACT)
+    assert watched() == [True, True]
+    vllm_flashprefill.revert()
+    assert watched() == [False, False]
+
+
+@modest
+@given(steps)
+def test_requests_without_tokens_pad_a_batch(vllm_config, calls, step):
+    """As in the batches of full CUDA graphs."""
+    classes = Classes(vllm_config, SPARSE, step.page_size)
+    with counted() as plain:
+        expected = classes.run(step)
+    step.in_a_graph = True
+    calls.clear()
+    metadata = classes.build(step)
+    plan = metadata.flashprefill.plan
+    with counted() as padded:
+        out = classes.forward(step, metadata)
+    assert torch.equal(out[: step.num_tokens], expected[: step.num_tokens])
+    assert padded.stats == plain.stats
+    assert sorted([*plan.dense, *(request.index for request in plan.sparse)]) == list(range(len(step.requests)))
+    assert len(calls) == (1 if len(plan.dense) else 0), "there is no part of padding alone"
+
+
+@pytest.mark.skipif(
+    not getattr(version_module.FlashPrefillCUDAMetadataBuilder, "supports_update_block_table", False),
+    reason="every group of layers has its metadata built",
+)
+class TestGroupsOfLayers:
+    """vLLM builds a step's metadata once for groups of layers that differ in their caches alone, and updates it."""
+
+    REQUESTS = (Request(1, 400), Request(200), Request(600, seed=2), Request(300, 200, 100), Request(1, 30))
+
+    def updated(self, classes, *groups):
+        first = metadata = classes.build(groups[0])
+        for group in groups[1:]:
+            metadata = classes.builder.update_block_table(metadata, group.block_table, group.slot_mapping)
+            yield group, metadata
+        yield groups[0], first
+
+    @pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[:4], REQUESTS[2:4], REQUESTS[:2]])
+    @pytest.mark.parametrize("config", [EXACT, SPARSE])
+    def test_each_reads_its_own_pages(self, vllm_config, calls, requests, config):
+        groups = [Step(list(requests), 16, 3, group=group) for group in range(3)]
+        classes = Classes(vllm_config, config)
+        with counted() as built:
+            expected = [classes.run(group) for group in groups]
+        with counted() as count:
+            for group, metadata in self.updated(classes, *groups):
+                out = classes.forward(group, metadata)
+                assert torch.equal(out[: group.num_tokens], expected[group.group][: group.num_tokens])
+        assert count.stats == built.stats
+        assert count.stats.sparse_tokens == 3 * sum(r.query_len for r in requests if r.query_len >= 300)
+
+    def test_the_dense_part_follows(self, vllm_config, calls):
+        groups = [Step(list(self.REQUESTS), 16, 3, group=group) for group in range(2)]
+        classes = Classes(vllm_config, EXACT)
+        for group, metadata in self.updated(classes, *groups):
+            dense_metadata = metadata.flashprefill.dense_metadata
+            dense = [0, 1, 4]
+            assert metadata.flashprefill.plan.dense.tolist() == dense
+            assert metadata.flashprefill.block_table is group.block_table
+            assert torch.equal(dense_metadata.block_table, group.block_table[dense])
+            slots = group.slot_mapping.split([r.query_len for r in group.requests])
+            assert torch.equal(dense_metadata.slot_mapping, torch.cat([slots[row] for row in dense]))
+
+    def test_what_is_not_planned_stays_so(self, vllm_config, calls):
+        groups = [Step(list(self.REQUESTS), 16, 3, group=group) for group in range(2)]
+        classes = Classes(vllm_config, EXACT)
+        metadata = classes.builder.build(0, groups[0].common(), fast_build=True)
+        metadata = classes.builder.update_block_table(metadata, groups[1].block_table, groups[1].slot_mapping)
+        assert_dense(groups[1], assert_not_planned(classes, groups[1], metadata, calls))
 
 
 def test_a_captured_batch_is_vllms_own_and_not_counted(vllm_config, calls):
@@ -481,12 +763,11 @@ def test_no_mixed_batch_is_a_full_graph(vllm_config, calls, monkeypatch):
             assert classes.builder.can_run_in_cudagraph(step.common()) is expected
         return
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
-    from vllm.v1.attention.backends.utils import AttentionCGSupport
 
     for own, expected in (("ALWAYS", "UNIFORM_BATCH"), ("UNIFORM_BATCH", "UNIFORM_BATCH"), ("NEVER", "NEVER")):
-        monkeypatch.setattr(FlashAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport[own])
+        monkeypatch.setattr(FlashAttentionMetadataBuilder, "_cudagraph_support", attention.AttentionCGSupport[own])
         support = type(classes.builder).get_cudagraph_support(vllm_config, classes.builder.kv_cache_spec)
-        assert support is AttentionCGSupport[expected]
+        assert support is attention.AttentionCGSupport[expected]
 
 
 def test_the_dense_schedule_stays_out_of_the_buffer_that_graphs_read(vllm_config, calls, monkeypatch):
@@ -528,6 +809,8 @@ def test_scratch_is_reserved_with_the_layer(vllm_config, calls):
 
 
 def test_kernels_are_compiled_once_for_each_kind_of_layer(vllm_config, calls, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
     monkeypatch.setattr(cuda_builder, "_compiled", set())
     ran = []
     paged = cuda_builder.flash_prefill_paged
@@ -539,8 +822,10 @@ def test_kernels_are_compiled_once_for_each_kind_of_layer(vllm_config, calls, mo
     monkeypatch.setattr(cuda_builder, "flash_prefill_paged", record)
     classes = Classes(vllm_config, EXACT, 32)
     impls = [classes.impl, Classes(vllm_config, EXACT).impl, Classes(vllm_config, EXACT, sliding_window=64).impl]
-    for page_size in (32, 32, 128):
-        cuda_builder.compile_kernels(
-            impls, classes.builder.new_cache, page_size=page_size, dtype=DTYPE, device=torch.device("cpu")
-        )
+    # Builders are made where vLLM's config is the current one, which its cache's layout is taken from.
+    with set_current_vllm_config(vllm_config):
+        for page_size in (32, 32, 128):
+            cuda_builder.compile_kernels(
+                impls, classes.builder.new_cache, page_size=page_size, dtype=DTYPE, device=torch.device("cpu")
+            )
     assert ran == [(HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE) for page_size in (32, 128)]

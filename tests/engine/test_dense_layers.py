@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import answer, assert_same, engine_arguments, free_engine, vllm_version
+from conftest import MODEL, answer, assert_same, engine_arguments, free_engine, vllm_version
 
 import vllm_flashprefill
 
@@ -74,7 +74,9 @@ def run(folder, sparse, **changes):
 
     if sparse:
         vllm_flashprefill.register(**OPTIONS)
-    llm = LLM(**engine_arguments(model=folder, skip_tokenizer_init=True, max_model_len=2048, **changes))
+    # A pooling model asks for a tokenizer, whichever.
+    tokenizer = {"tokenizer": str(MODEL)} if "runner" in changes else {"skip_tokenizer_init": True}
+    llm = LLM(**engine_arguments(model=folder, max_model_len=2048, **tokenizer, **changes))
     try:
         if "runner" in changes:
             (output,) = llm.embed([{"prompt_token_ids": PROMPT}], use_tqdm=False)

@@ -1,7 +1,7 @@
 """alpha above 0: chunks, mixed batches and needles."""
 
 import pytest
-from conftest import BARE, assert_same, engine
+from conftest import BARE, assert_same, engine, vllm_version
 
 SPARSE = {"alpha": 0.3, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 2}
 
@@ -12,7 +12,7 @@ def pruned(stats):
 
 @pytest.fixture(scope="module")
 def prompts(text_ids):
-    return [(text_ids[a : a + n], 8) for a, n in ((0, 1900), (30_000, 1300), (60_000, 90))]
+    return [(text_ids[a : a + n], 8) for a, n in ((0, 1300), (30_000, 600), (60_000, 90))]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,16 @@ def test_a_batch_in_one_step_equals_each_alone(alone):
     assert pruned(stats) == pytest.approx(sum(pruned(stats) for _, stats in each), rel=2e-3)
 
 
-def test_aligned_chunks_select_what_one_pass_selects(prompts, alone):
+@pytest.fixture(scope="module")
+def chunked(prompts):
+    """(answers, stats) of the longest prompt in chunks, and of all three while one of them decodes."""
+    decoding = (prompts[2][0], 12)
     with engine(SPARSE, max_num_batched_tokens=512, enable_chunked_prefill=True) as generate:
-        answers, stats = generate([prompts[0]])
+        return generate([prompts[0]]), generate([decoding, prompts[0], prompts[1]])
+
+
+def test_aligned_chunks_select_what_one_pass_selects(chunked, alone):
+    (answers, stats), _ = chunked
     whole, whole_stats = alone[0][0]
     assert_same(answers, [whole])
     # What has nothing to prune is not counted in a chunk of its own, so the pruned blocks are what must agree.
@@ -47,23 +54,22 @@ def test_aligned_chunks_select_what_one_pass_selects(prompts, alone):
     assert pruned(stats) == pytest.approx(pruned(whole_stats), rel=2e-3)
 
 
-def test_a_mixed_batch_gives_each_what_it_gets_alone(prompts, alone):
-    decoding = (prompts[2][0], 24)
-    with engine(SPARSE, max_num_batched_tokens=1024, enable_chunked_prefill=True) as generate:
-        (short, long, shorter), stats = generate([decoding, prompts[0], prompts[1]])
+def test_a_mixed_batch_gives_each_what_it_gets_alone(chunked, alone):
+    _, ((short, long, shorter), stats) = chunked
     each = [answer for answer, _ in alone[0]]
     assert short["tokens"][:8] == each[2]["tokens"]
     # Chunks that start in the middle of a block score it by fewer rows: the answers agree, not every block.
     assert long["tokens"] == each[0]["tokens"]
     assert shorter["tokens"] == each[1]["tokens"]
-    assert stats.dense_tokens["decode"] >= 30 * 23
+    assert stats.dense_tokens["decode"] >= 30 * 11
 
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Near the model's limit of 8K tokens on one vLLM, which takes the longest; half as far on the others.
+LENGTH = 7500 if vllm_version() == "0.24.0" else 4096
 
 
-@pytest.mark.parametrize("length", [4096, 7500])
-def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer, capfd):
+def test_needles_are_found_wherever_dense_finds_them(text_ids, tokenizer, capfd):
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -72,7 +78,7 @@ def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer
     fact = f"\n\nThe secret code of the {name} is {code}. Remember it: the secret code of the {name} is {code}.\n\n"
     question = f"\n\nQuestion: What is the secret code of the {name}?\nAnswer: The secret code of the {name} is"
     fact, question = encode(fact), encode(question)
-    room = length - len(fact) - len(question)
+    room = LENGTH - len(fact) - len(question)
     body = text_ids[:room]
     prompts = {d: body[: int(d * room)] + fact + body[int(d * room) :] + question for d in DEPTHS}
 
@@ -82,12 +88,12 @@ def test_needles_are_found_wherever_dense_finds_them(length, text_ids, tokenizer
         Deepest first: each prompt reuses the text before its fact, and its density is of what it computes itself.
         """
         missed = []
-        with engine(options, dtype="bfloat16", enable_prefix_caching=True) as generate:
+        with engine(options, dtype="bfloat16", enable_prefix_caching=True, max_num_batched_tokens=8192) as generate:
             for depth in sorted(depths, reverse=True):
                 (answer,), stats = generate([(prompts[depth], 6)])
                 found = code in answer["text"]
                 density = "dense" if options is None else f"density {stats.density:.1%}"
-                print(f"\n  {length} tokens, fact at {depth:.0%}: {density}, {'found' if found else 'missed'}", end="")
+                print(f"\n  {LENGTH} tokens, fact at {depth:.0%}: {density}, {'found' if found else 'missed'}", end="")
                 assert options is None or stats.density < 0.9
                 if not found:
                     missed.append(depth)

@@ -1,10 +1,12 @@
 """Run requests through a vLLM engine on the GPU: a JSON job in a file, results in another.
 
 A job has `engine` (arguments of LLM), `prompts` (lists of token ids), `max_tokens`, and `options` of FlashPrefill, null
-for vLLM's default backend.
+for vLLM's default backend. Engines of one `start_lock` start one after the other.
 """
 
+import fcntl
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +20,10 @@ def main():
 
     from vllm import LLM, SamplingParams
 
-    llm = LLM(**job["engine"])
+    with open(job["start_lock"] or os.devnull, "w") as lock:
+        if job["start_lock"]:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        llm = LLM(**job["engine"])
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=5, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], params, use_tqdm=False)
     answers = [

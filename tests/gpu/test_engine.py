@@ -1,6 +1,8 @@
 """Whole engines on the GPU: FlashPrefill at alpha 0 beside vLLM's default backend, on the same mixed requests."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -47,6 +49,13 @@ def make_requests():
     return prompts
 
 
+def measures_free_memory():
+    """Whether vLLM sizes its cache by the memory it finds free, as 0.10.0 does, which the engines beside it change."""
+    from vllm import EngineArgs
+
+    return "kv_cache_memory_bytes" not in {field.name for field in dataclasses.fields(EngineArgs)}
+
+
 def run(folder, name, prompts, chunk, options):
     engine = dict(
         model=str(MODEL),
@@ -55,12 +64,17 @@ def run(folder, name, prompts, chunk, options):
         max_num_batched_tokens=chunk,
         max_num_seqs=16,
         enable_prefix_caching=True,
-        # vLLM measures what memory is free, which the engines beside it would change.
-        kv_cache_memory_bytes=10 << 30,
         max_logprobs=5,
     )
+    if measures_free_memory():
+        # A page of 16 tokens of SmolLM2-135M takes 360 KiB.
+        engine |= {"num_gpu_blocks_override": (10 << 20) // 360, "gpu_memory_utilization": 0.3}
+    else:
+        engine["kv_cache_memory_bytes"] = 10 << 30
     job, result = folder / f"{name}.job", folder / f"{name}.json"
-    job.write_text(json.dumps(dict(engine=engine, prompts=prompts, max_tokens=MAX_TOKENS, options=options)))
+    lock = str(folder / "lock") if measures_free_memory() else None
+    arguments = dict(engine=engine, prompts=prompts, max_tokens=MAX_TOKENS, options=options, start_lock=lock)
+    job.write_text(json.dumps(arguments))
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -72,7 +86,8 @@ def run(folder, name, prompts, chunk, options):
 
 
 def compare(ours, theirs):
-    """(requests whose tokens differ, how far apart the first differing tokens are, mean difference of log-probs)."""
+    """(requests whose tokens differ, how much likelier theirs was at the first difference, where both are known, mean
+    difference of the log-probabilities up to there)."""
     gaps, differences = [], []
     for a, b in zip(ours["answers"], theirs["answers"], strict=True):
         for token, other, logprobs, other_logprobs in zip(
@@ -81,9 +96,12 @@ def compare(ours, theirs):
             shared = logprobs.keys() & other_logprobs.keys()
             differences += [abs(logprobs[t] - other_logprobs[t]) for t in shared]
             if token != other:
-                gaps.append(other_logprobs[str(other)] - other_logprobs.get(str(token), -99.0))
+                known = (
+                    [other_logprobs[str(other)] - other_logprobs[str(token)]] if str(token) in other_logprobs else []
+                )
+                gaps.append(known)
                 break
-    return len(gaps), max(gaps, default=0.0), statistics.mean(differences)
+    return len(gaps), max(itertools.chain(*gaps), default=0.0), statistics.mean(differences)
 
 
 @needs_vllm
@@ -111,4 +129,4 @@ def test_alpha_0_gives_the_default_backends_tokens(tmp_path):
         assert counted["sparse_tokens"] > 10 * counted["dense_tokens"]["short_prompt"]
         assert difference <= 1.5 * noise[2] + 1e-3
         assert differing <= 1.5 * noise[0] + 2
-        assert gap <= max(0.1, 1.5 * noise[1])
+        assert gap <= 1.5 * noise[1] + 0.1

@@ -66,13 +66,20 @@ class FlashPrefillBuilderMixin:
         # Attention may be causal for all requests, none, or by request.
         if getattr(common, "causal", True) is not True or getattr(common, "mm_req_doc_ranges", None) is not None:
             return False
+        # vLLM's builder for layers with static sinks puts tokens before each request that host lengths do not count.
+        if getattr(self, "sink_len", 0):
+            return False
         # A context-parallel builder keeps the whole batch's lengths in a buffer, which metadata of a part would spoil.
         return getattr(self, "dcp_world_size", 1) == 1
 
     def _plan_step(self, common: Any) -> FlashPrefillStep | None:
         num_reqs = common.num_reqs
         query_start_loc = common.query_start_loc_cpu[: num_reqs + 1].numpy()
-        seq_lens = host_seq_lens(common)[:num_reqs].numpy()
+        seq_lens = host_seq_lens(common)
+        if seq_lens is None:
+            # A draft model's batch, in vLLM's second model runner.
+            return None
+        seq_lens = seq_lens[:num_reqs].numpy()
         try:
             plan = plan_step(
                 query_start_loc,
@@ -98,14 +105,17 @@ class FlashPrefillBuilderMixin:
         return super().build(0, part)
 
 
-def host_seq_lens(common: Any) -> torch.Tensor:
-    """[num_reqs] int32 on the CPU, tokens of each request up to and including this step.
+def host_seq_lens(common: Any) -> torch.Tensor | None:
+    """[num_reqs or more] int32 on the CPU, tokens of each request up to and including this step; None if not there.
 
-    Exact for prefills. Newer versions of vLLM may not know on the host how many drafted tokens were accepted; their
-    bound counts all of them, and what counts as exact there must be copied from the device, which would be waited for.
+    Exact for prefills. vLLM 0.24.0 may not know on the host how many drafted tokens were accepted: then there is a
+    bound alone, which counts all of them, and its property ``seq_lens_cpu`` would wait for a copy from the device.
     """
-    bound = getattr(common, "seq_lens_cpu_upper_bound", None)
-    return common.seq_lens_cpu if bound is None else bound
+    fields = vars(common)
+    for name in ("_seq_lens_cpu", "seq_lens_cpu", "seq_lens_cpu_upper_bound"):
+        if fields.get(name) is not None:
+            return fields[name]
+    return None
 
 
 def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | torch.Tensor]:
@@ -132,23 +142,23 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | tor
     else:
         rows = upload(torch.from_numpy(row_numbers), device)
     seq_lens_cpu = host_seq_lens(common)[requests_cpu]
-    num_computed_tokens_cpu = seq_lens_cpu - torch.from_numpy(lens).to(seq_lens_cpu.dtype)
     changes = dict(
         query_start_loc=upload(query_start_loc_cpu, device),
         query_start_loc_cpu=query_start_loc_cpu,
         seq_lens=common.seq_lens[requests_device],
         seq_lens_cpu=seq_lens_cpu,
-        _seq_lens_cpu=seq_lens_cpu,
         seq_lens_cpu_upper_bound=seq_lens_cpu,
-        num_computed_tokens_cpu=num_computed_tokens_cpu,
-        _num_computed_tokens_cpu=num_computed_tokens_cpu,
-        _num_computed_tokens_cache=None,
+        num_computed_tokens_cpu=seq_lens_cpu - torch.from_numpy(lens).to(seq_lens_cpu.dtype),
         num_reqs=len(requests),
         num_actual_tokens=int(new_starts[-1]),
         max_query_len=int(lens.max()),
         max_seq_len=int(seq_lens_cpu.max()),
         block_table_tensor=common.block_table_tensor[requests_device],
         slot_mapping=common.slot_mapping[rows],
+        # Made by vLLM 0.24.0 when asked for.
+        _seq_lens_cpu=None,
+        _num_computed_tokens_cpu=None,
+        _num_computed_tokens_cache=None,
     )
     if getattr(common, "is_prefilling", None) is not None:
         changes["is_prefilling"] = common.is_prefilling[requests_cpu]

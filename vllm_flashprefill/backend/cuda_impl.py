@@ -11,6 +11,7 @@ from vllm_flashprefill.backend.builder import FlashPrefillStep
 from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.backend.impl import FlashPrefillImplMixin
 from vllm_flashprefill.backend.routing import DenseReason, impl_dense_reason
+from vllm_flashprefill.backend.stage_times import stage_times
 from vllm_flashprefill.kernels.workspace import scratch_bytes, shared_workspace
 
 
@@ -96,6 +97,7 @@ class CUDAFlashPrefillImplMixin(FlashPrefillImplMixin):
             out=output,
             block_counts=counts.blocks,
             workspace=self._workspace,
+            mark=stage_times(query.device).next_layer(),
         )
         counts.layer_done(step.plan, self.num_heads)
         return output

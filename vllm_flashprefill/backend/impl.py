@@ -52,7 +52,9 @@ class FlashPrefillImplMixin:
         if reason is None and step is None:
             reason = DenseReason.NOT_PLANNED
         if reason is not None:
-            recorder().add_dense(reason, query.shape[0] if step is None else step.plan.num_tokens)
+            # Rows of padding may follow the batch's own.
+            num_tokens = getattr(attn_metadata, "num_actual_tokens", query.shape[0])
+            recorder().add_dense(reason, num_tokens if step is None else step.plan.num_tokens)
             return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         for request_reason, tokens in step.plan.dense_tokens.items():
             recorder().add_dense(request_reason, tokens)

@@ -8,6 +8,7 @@ builder reads it through `prompt_lengths`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,7 @@ def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
     if hasattr(original, "_flashprefill_original"):
         return
 
+    @functools.wraps(original)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _watched
         result = original(self, *args, **kwargs)

@@ -117,6 +117,31 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
     return None
 
 
+# vLLM's names of the backends that FlashPrefill takes the place of, and of its own.
+OUR_BACKENDS = frozenset({"FLASH_ATTN", "FLASH_ATTN_VLLM_V1", "CPU_ATTN", "TORCH_SDPA", "TORCH_SDPA_VLLM_V1", "CUSTOM"})
+
+
+def engine_dense_reason(model_config: Any, backend: str | None, capability: tuple[int, int] | None) -> str | None:
+    """Why no layer of an engine can be sparse, as far as its options say, and what to do about it; or None.
+
+    Args:
+        model_config: a ``vllm.config.ModelConfig``; of it `use_mla` and `attn_type` are read.
+        backend: vLLM's name of the attention backend that was asked for, None if it is to choose.
+        capability: the GPU's compute capability, None where there is no GPU.
+    """
+    if getattr(model_config, "use_mla", False):
+        return "the model's attention is MLA, which is vLLM's own alone"
+    if getattr(model_config, "attn_type", "decoder") in ("encoder_only", "attention_free"):
+        return "the model has no causal attention"
+    if backend is not None and backend not in OUR_BACKENDS:
+        return f"the attention backend {backend} was asked for; ask for FLASH_ATTN, or for none"
+    if backend is None and capability is not None and capability[0] == 10:
+        return (
+            "vLLM prefers FlashInfer on this GPU; ask for FLASH_ATTN with --attention-backend or VLLM_ATTENTION_BACKEND"
+        )
+    return None
+
+
 def layer_index(layer_name: str) -> int:
     """The layer's index in its model: the first number among the dotted parts of its name.
 

@@ -38,7 +38,8 @@ class Stats:
         dense_tokens: tokens that took vLLM's own path, by reason.
         kept_blocks: key blocks that sparse queries attended to, over query blocks, heads and layers.
         visible_blocks: key blocks that the same queries could have attended to.
-        selection_seconds, attention_seconds: time in stages 1 to 3, and in stage 4; 0 on a GPU, which is not timed.
+        selection_seconds, attention_seconds: time in stages 1 to 3, and in stage 4; on a GPU an estimate, see
+            `vllm_flashprefill.backend.stage_times`.
     """
 
     sparse_tokens: int = 0
@@ -84,12 +85,14 @@ class StatsRecorder:
         shape = len(_FIELDS) + len(_REASONS)
         if directory and os.path.isdir(directory):
             path = Path(directory) / f"{self.pid}.f64"
-            self._counters = np.memmap(path, dtype=np.float64, mode="w+", shape=shape)
+            # A process that is gone may have had this number: its counters are part of the sum and go on.
+            known = path.exists() and path.stat().st_size == 8 * shape
+            self._counters = np.memmap(path, dtype=np.float64, mode="r+" if known else "w+", shape=shape)
         else:
             self._counters = np.zeros(shape)
         self._log_interval = log_interval()
         self._logged_at = time.monotonic()
-        self._logged = Stats()
+        self._logged = _to_stats(self._counters)
         if self._log_interval is not None:
             atexit.register(self._log)
 

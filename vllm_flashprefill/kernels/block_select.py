@@ -28,7 +28,7 @@ def _log2_sum(s, scale):
     return largest * scale + tl.log2(tl.sum(tl.exp2(s * scale - (largest * scale)[:, None]), axis=1))
 
 
-@triton.jit(do_not_specialize=["num_work", "first_item", "num_mean_rows", "stride_scores"])
+@triton.jit(do_not_specialize=["num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores"])
 def _block_select_kernel(
     q_ptr,
     mean_ptr,
@@ -37,8 +37,10 @@ def _block_select_kernel(
     lists_ptr,
     counts_ptr,
     scores_ptr,
+    block_counts_ptr,
     num_work,
     first_item,
+    num_visible: tl.int64,
     scale,
     log2_alpha,
     stride_qb: tl.int64,
@@ -61,6 +63,9 @@ def _block_select_kernel(
     offs_dim = tl.arange(0, HEAD_SIZE)
     offs_n = tl.arange(0, BLOCK_N)
     offs_list = tl.arange(0, BLOCK_LIST)
+    if block_counts_ptr is not None:
+        if program == 0:
+            tl.atomic_add(block_counts_ptr + 1, num_visible, sem="relaxed")
     for work in range(program, num_work, tl.num_programs(0)):
         head = work % NUM_HEADS
         item_ptr = items_ptr + (first_item + work // NUM_HEADS) * 3
@@ -120,6 +125,8 @@ def _block_select_kernel(
             tl.store(lists_ptr + slots, blocks, mask=kept != 0)
             count += tl.sum(kept, axis=0)
         tl.store(counts_ptr + work, count)
+        if block_counts_ptr is not None:
+            tl.atomic_add(block_counts_ptr, count.to(tl.int64), sem="relaxed")
         # The next pair writes over these scores.
         tl.debug_barrier()
 
@@ -135,6 +142,7 @@ def block_select(
     lists: torch.Tensor,
     counts: torch.Tensor,
     scores: torch.Tensor,
+    block_counts: torch.Tensor | None = None,
     launch: SelectConfig | None = None,
 ) -> None:
     """The kept blocks of each query block and head of a slab.
@@ -148,6 +156,7 @@ def block_select(
         counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
             programs. With one program a pair, it holds each pair's log2 E afterwards (for tests).
+        block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.
     """
     num_heads, head_size = q.shape[2:]
@@ -161,8 +170,10 @@ def block_select(
         lists,
         counts,
         scores,
+        block_counts,
         num_work,
         slab.first_item,
+        slab.list_slots * num_heads,
         softmax_scale * LOG2_E,
         math.log2(config.alpha) if config.alpha > 0 else -math.inf,
         q.stride(0),

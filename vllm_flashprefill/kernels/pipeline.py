@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_flashprefill.config import FlashPrefillConfig
@@ -26,6 +28,7 @@ def run_stages(
     workspace: Workspace | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    mark: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Pool, score, select and attend for the scheduled sequences.
 
@@ -37,13 +40,15 @@ def run_stages(
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
         workspace: where scratch comes from; allocated for this call if None.
         k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
+        mark: called before the first stage, and after each selection and each attention, which take turns.
 
     Returns:
         out.
     """
-    num_heads = q.shape[2]
     workspace = workspace or Workspace(q.device)
     workspace.rewind()
+    if mark is not None:
+        mark()
     mean = workspace.empty((k.shape[2], schedule.num_mean_rows, k.shape[3]), MEAN_DTYPE)
     block_mean(k, schedule, block_table, k_scale=k_scale, out=mean)
     scores = score_scratch(q, schedule, workspace)
@@ -59,11 +64,10 @@ def run_stages(
             lists=lists,
             counts=counts,
             scores=scores,
+            block_counts=block_counts,
         )
-        if block_counts is not None:
-            kept, visible = block_counts.unbind()
-            kept.add_(counts[: slab.num_items * num_heads].sum())
-            visible.add_(slab.list_slots * num_heads)
+        if mark is not None:
+            mark()
         sparse_attention(
             q,
             k,
@@ -78,6 +82,8 @@ def run_stages(
             k_scale=k_scale,
             v_scale=v_scale,
         )
+        if mark is not None:
+            mark()
     return out
 
 

@@ -71,7 +71,7 @@ def _box_rows(
     block, table_row_ptr, first_row, rows_per_page, seq_len,
     BLOCK: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """First rows, in k and v as matrices, of a block's boxes; 0 for a box that starts past the sequence."""
+    """First rows, in k and v as matrices, of a block's boxes; a box that starts past the sequence gets page 0."""
     # Triton unpacks no tuples.
     rows = ()
     for n in gl.static_range(BLOCK // BOX):

@@ -34,8 +34,8 @@ def _apply() -> None:
         if member.is_overridden():
             raise RuntimeError(f"vLLM's {name} backend is already replaced by {member.get_path()}; load only one")
     for name, class_path in CLASS_PATHS.items():
-        register_backend(AttentionBackendEnum[name], class_path=class_path)
         registration.on_revert(AttentionBackendEnum[name].clear_override)
+        register_backend(AttentionBackendEnum[name], class_path=class_path)
     _cached_get_attn_backend.cache_clear()
     registration.on_revert(_cached_get_attn_backend.cache_clear)
 

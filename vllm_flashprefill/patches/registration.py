@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_flashprefill.backend import prompt_lengths, stats
+from vllm_flashprefill.backend.routing import engine_dense_reason
 from vllm_flashprefill.config import (
     ENV_CODE_OPTIONS,
     ENV_ENABLE,
@@ -70,6 +71,8 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
         RuntimeError: the wrong loader for the installed vLLM, or one whose processes would not find the plugin.
     """
     global _registered
+    from vllm_flashprefill.patches import metrics_endpoint
+
     name = loader_name.rpartition(".")[2]
     right = loader_for(installed_vllm())
     if name != right:
@@ -82,10 +85,12 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     log_interval()
     enabled()
     _check_plugin_is_found()
+    metrics_endpoint.show()
     try:
         apply()
         _check_options_before_a_model_loads()
-    except ImportError as error:
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A module, a name, a member of its enum or an argument is not there.
         _run_undo()
         raise RuntimeError(
             f"vLLM {installed_vllm()} has not what {name} extends ({error}); "
@@ -196,11 +201,25 @@ def _check_options_before_a_model_loads() -> None:
             vllm_config = original(self, *args, **kwargs)
             _check_device()
             logger.info("FlashPrefill: %s", FlashPrefillConfig.from_vllm(vllm_config))
+            _warn_if_all_is_dense(vllm_config)
             return vllm_config
 
         return create_engine_config
 
     wrap(EngineArgs, "create_engine_config", make)
+
+
+def _warn_if_all_is_dense(vllm_config: Any) -> None:
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    # An option since vLLM 0.13, an environment variable before.
+    chosen = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    backend = getattr(chosen, "name", chosen) or getattr(envs, "VLLM_ATTENTION_BACKEND", None)
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    reason = engine_dense_reason(vllm_config.model_config, backend, capability)
+    if reason is not None:
+        logger.warning("FlashPrefill: every prefill of this engine stays dense: %s", reason)
 
 
 def _check_device() -> None:
