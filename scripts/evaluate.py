@@ -1,13 +1,15 @@
 """How much a model loses with FlashPrefill: dense and sparse side by side on long prompts.
 
     python scripts/evaluate.py                                        SmolLM2-135M on vLLM's CPU engine
-    python scripts/evaluate.py --model PATH --lengths 8192,32768 --samples 5
+    python scripts/evaluate.py --model PATH --lengths 8192,32768 --samples 20 --alpha default,0.02 --parallel
     python scripts/evaluate.py --model PATH --data ruler/             RULER, HELMET's RULER, InfiniteBench, LongBench
     python scripts/evaluate.py --draw result.json                     the heat map of an earlier run
 
 RULER's kinds of tasks are made from local text, by seed and tokenizer alone; perplexity and the next token are those
-of the last tokens of long prose and code. Each run has a vLLM engine in a process of its own, first dense, then sparse
-with the options that the model gets: its preset, FLASHPREFILL_* variables, or --alpha and --min-sparse-tokens.
+of the last tokens of long prose and code. There are two vLLM engines, each in a process of its own: a dense one, and
+one with FlashPrefill that takes one setting after the other. Its options are those that the model gets, its preset or
+FLASHPREFILL_* variables, unless --alpha, --target-density or --min-sparse-tokens ask for others. All prompts of a
+length go through the engine together.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import readers, report
-from evaluation.tasks import TASKS, Maker, Sample, make_samples
+from evaluation.tasks import TASKS, Maker, Sample, bos_tokens, make_samples
 from evaluation.text import Stream, code
 from results_csv import commit_name
 
@@ -79,34 +81,72 @@ def make_texts(maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]
     return texts
 
 
-def run(mode: str, job: dict[str, Any], out: Path, fresh: bool) -> tuple[dict[str, Any], list[dict], list[dict]]:
-    """What ran, and the results of the prompts and of the texts.
+def calibration_texts(tokenizer: Any, length: int, count: int = 3) -> list[list[int]]:
+    """What alpha is chosen on: other text than the tasks and the texts to predict have."""
+    import pydoc_data.topics
 
-    They stay beside `out`, and a dense run of the same prompts is not repeated, whatever the options of the sparse one.
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    stream = Stream(lambda text: tokenizer.encode(text, add_special_tokens=False), text)
+    bos = bos_tokens(tokenizer)
+    starts = [len(stream.tokens) * index // count for index in range(count)]
+    return [bos + stream.take(start, length - len(bos)) for start in starts]
+
+
+class Run:
+    """An engine at work in a process of its own, dense or sparse. Its result stays beside `out`.
+
+    A dense run of the same prompts is not repeated, whatever the settings of the sparse one.
     """
-    results = out.with_suffix(f".{mode}.jsonl")
-    count, total = len(job["samples"]), len(job["samples"]) + len(job["texts"])
-    asked = json.dumps({**job, "mode": mode, "options": {}})
-    same = hashlib.sha256(asked.encode()).hexdigest()[:16]
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if mode == "sparse" or fresh or len(lines) != 1 + total or lines[0].get("job") != same:
-        with tempfile.TemporaryDirectory() as folder:
-            job_path = Path(folder, "job.json")
-            job_path.write_text(json.dumps({**job, "mode": mode, "job": same}))
-            done = subprocess.run([sys.executable, str(ENGINE), str(job_path), str(results)])
-        if done.returncode != 0:
-            sys.exit(f"error: the {mode} run failed; its message is above")
-        lines = [json.loads(line) for line in results.read_text().splitlines()]
-    else:
-        print(f"dense: as in {results}; --fresh runs it again")
-    what_ran, *lines = lines
-    what_ran.pop("job")
-    return what_ran, lines[:count], lines[count:]
+
+    def __init__(self, mode: str, job: dict[str, Any], out: Path, fresh: bool) -> None:
+        self.mode, self.path, self.process = mode, out.with_suffix(f".{mode}.json"), None
+        ignored = {} if mode == "sparse" else {"options": {}, "alphas": [], "target_density": None, "calibration": []}
+        asked = json.dumps({**job, **ignored, "mode": mode})
+        same = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        if mode == "dense" and not fresh and self.path.exists():
+            if json.loads(self.path.read_text()).get("job") == same:
+                print(f"dense: as in {self.path}; --fresh runs it again")
+                return
+        self.path.unlink(missing_ok=True)
+        self.folder = tempfile.TemporaryDirectory()
+        job_path = Path(self.folder.name, "job.json")
+        job_path.write_text(json.dumps({**job, "mode": mode, "job": same}))
+        self.process = subprocess.Popen([sys.executable, str(ENGINE), str(job_path), str(self.path)])
+
+    def result(self) -> dict[str, Any]:
+        if self.process is not None and self.process.wait() != 0:
+            sys.exit(f"error: the {self.mode} run failed; its message is above")
+        return json.loads(self.path.read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+            self.folder.cleanup()
+
+
+def run_both(job: dict[str, Any], out: Path, fresh: bool, parallel: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results of the dense and the sparse engine, one after the other or at the same time."""
+    runs = []
+    try:
+        for mode in ("dense", "sparse"):
+            runs.append(Run(mode, job, out, fresh))
+            if not parallel:
+                runs[-1].result()
+        dense, sparse = [run.result() for run in runs]
+        return dense, sparse
+    finally:
+        for run in runs:
+            run.stop()
 
 
 def parse_arguments() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
+
+    def alphas(text: str) -> list[float | None]:
+        return [None if part == "default" else float(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="model folder or name (default: SmolLM2-135M-Instruct)")
@@ -118,12 +158,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="JSONL files or folders, instead of the tasks")
     parser.add_argument("--limit", type=int, default=20, help="records of each file (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="put --data prompts into the model's chat template")
-    parser.add_argument("--alpha", type=float, help="default: the model family's preset")
+    parser.add_argument(
+        "--alpha", type=alphas, default=[None], help="one or more, such as default,0.02; default: the model's preset"
+    )
+    parser.add_argument(
+        "--target-density",
+        type=float,
+        help="also the alpha that keeps this share of blocks of a calibration text of the greatest length",
+    )
     parser.add_argument("--min-sparse-tokens", type=int, help="default: the package's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batched-tokens", type=int, default=4096, help="of a step; fewer take less memory")
     parser.add_argument("--graphs", action="store_true", help="let vLLM compile and capture graphs")
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vLLM's LLM, as JSON")
+    parser.add_argument(
+        "--parallel", action="store_true", help="run both engines at the same time; needs memory for two"
+    )
     parser.add_argument("--fresh", action="store_true", help="run dense again though an earlier run is there")
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="result (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="also draw the heat map, as PNG")
@@ -169,39 +219,49 @@ def main() -> None:
     if not samples and not texts:
         sys.exit("error: there is nothing to run")
 
-    flash_options = {"alpha": options.alpha, "min_sparse_tokens": options.min_sparse_tokens}
+    calibration = calibration_texts(tokenizer, max_length) if options.target_density else []
+    flash_options = {"min_sparse_tokens": options.min_sparse_tokens}
     job = {
         "model": options.model,
         "options": {name: value for name, value in flash_options.items() if value is not None},
+        "alphas": options.alpha,
+        "target_density": options.target_density,
+        "calibration": calibration,
         "eager": not options.graphs,
         "max_model_len": max(
-            [len(sample.tokens) + sample.max_tokens for sample in samples] + [len(text["tokens"]) + 1 for text in texts]
+            [len(sample.tokens) + sample.max_tokens for sample in samples]
+            + [len(tokens) + 1 for tokens in [*calibration, *(text["tokens"] for text in texts)]]
         ),
         "batched_tokens": options.batched_tokens,
         "engine": options.engine,
         "samples": [
-            {"tokens": sample.tokens, "max_tokens": sample.max_tokens, "group": sample.group} for sample in samples
+            {name: getattr(sample, name) for name in ("tokens", "max_tokens", "group", "length")} for sample in samples
         ],
-        "texts": [{"tokens": text["tokens"], "first": text["first"]} for text in texts],
+        "texts": texts,
     }
-    _, dense, dense_texts = run("dense", job, options.out, options.fresh)
-    what_ran, sparse, sparse_texts = run("sparse", job, options.out, options.fresh)
-    rows = report.sample_rows(samples, dense, sparse)
+    dense, sparse = run_both(job, options.out, options.fresh, options.parallel)
+    settings = dense["settings"] + sparse["settings"]
+    rows = report.sample_rows(samples, settings)
     result = {
         "model": Path(options.model).name,
-        **what_ran,
+        **sparse["what_ran"],
         "commit": commit_name(None),
         "seed": options.seed,
         "batched_tokens": options.batched_tokens,
+        "target_density": options.target_density,
         "left_out": left_out,
+        "settings": {setting["name"]: setting["config"] for setting in settings},
+        "calibrated": next((setting["name"] for setting in settings if setting.get("calibrated")), None),
+        "counts": {setting["name"]: setting["counts"] for setting in settings},
+        "lengths": report.length_rows(rows, settings),
         "summary": report.summarise(rows),
-        "predictions": report.prediction_rows(texts, dense_texts, sparse_texts, what_ran["config"]),
+        "predictions": report.prediction_rows(texts, settings),
         "samples": rows,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{result['model']}, vLLM {result['vllm']}, {result['device']}, {result['config']}\n")
+    print(f"\n{result['model']}, vLLM {result['vllm']}, {result['device']}, {result['dtype']}\n")
     print(report.tables(result))
-    print(f"lower, higher: prompts on which FlashPrefill scored lower or higher than dense. Answers: {options.out}")
+    print(f"Answers: {options.out}")
     if options.plot:
         from evaluation.heatmap import draw
 

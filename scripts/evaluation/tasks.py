@@ -7,6 +7,7 @@ instruction tuning can answer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 import re
@@ -55,16 +56,23 @@ class Sample:
     classes: list[str] = dataclasses.field(default_factory=list)
 
 
+def bos_tokens(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token where the tokenizer puts one."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.encode("x")[:1] == [bos] else []
+
+
 class Maker:
     """What every task needs: a tokenizer and a long text."""
 
     def __init__(self, tokenizer: Any, text: str | None = None) -> None:
         self.encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        # For pieces that come again and again.
+        self.piece = functools.cache(self.encode)
         text = prose() if text is None else text
         self.stream = Stream(self.encode, text)
         self.words = sorted({word for word in re.findall(r"\b[a-z]{4,9}\b", text)})
-        bos = tokenizer.bos_token_id
-        self.bos = [bos] if bos is not None and tokenizer.encode("x")[:1] == [bos] else []
+        self.bos = bos_tokens(tokenizer)
 
     def facts(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
         names = rng.sample(list(itertools.product(ADJECTIVES, NOUNS)), count)
@@ -184,14 +192,16 @@ def common_words(maker: Maker, rng: random.Random, length: int, depth: float) ->
     common, others = words[:5], words[5:]
     question = "\n\nQuestion: Which five words come most often in the list above?\nAnswer: The five words are"
 
-    def entries(total: int) -> list[str]:
+    order = rng.random()
+
+    def pieces(total: int) -> list[str]:
         frequent = common * (total // 15)
         rest = (others * (total // len(others) + 1))[: total - len(frequent)]
         listed = frequent + rest
-        random.Random(total).shuffle(listed)
-        return [f"{number}. {word}" for number, word in enumerate(listed, 1)]
+        random.Random(f"{order}/{total}").shuffle(listed)
+        return [piece for number, word in enumerate(listed, 1) for piece in (f"\n{number}.", f" {word}")]
 
-    return [_fill(maker, length, entries, "\n", question, common)]
+    return [_fill(maker, length, pieces, question, common)]
 
 
 def frequent_words(maker: Maker, rng: random.Random, length: int, depth: float) -> list[dict[str, Any]]:
@@ -201,30 +211,37 @@ def frequent_words(maker: Maker, rng: random.Random, length: int, depth: float) 
     weights = [1 / rank**2 for rank in range(1, len(words) + 1)]
     question = "\n\nQuestion: Which three words come most often in the text above?\nAnswer: The three words are"
 
-    def entries(total: int) -> list[str]:
+    order = rng.random()
+
+    def pieces(total: int) -> list[str]:
         share = total / sum(weights)
         listed = [word for word, weight in zip(words, weights, strict=True) for _ in range(int(weight * share))]
         listed += words[-(total - len(listed)) :] if total > len(listed) else []
-        random.Random(total).shuffle(listed)
-        return listed
+        random.Random(f"{order}/{total}").shuffle(listed)
+        return [piece for word in listed for piece in (" ...", f" {word}")]
 
-    return [_fill(maker, length, entries, " ... ", question, words[:3])]
+    return [_fill(maker, length, pieces, question, words[:3])]
 
 
-def _fill(maker, length, entries, separator, question, expected) -> dict[str, Any]:
-    """As many entries as fit, then line ends up to the length."""
+def _fill(
+    maker: Maker, length: int, pieces: Callable[[int], list[str]], question: str, expected: list[str]
+) -> dict[str, Any]:
+    """Line ends, then as many entries as fit, each encoded piece by piece, then the question."""
     end = maker.encode(question)
     newline = maker.encode("\n")[-1:]
-    low, high = 15, length
+    room = length - len(maker.bos) - len(end)
+
+    def tokens(total: int) -> int:
+        return sum(len(maker.piece(piece)) for piece in pieces(total))
+
+    low, high = 15, max(15, room)
     while low < high:
         middle = (low + high + 1) // 2
-        body = len(maker.encode(separator.join(entries(middle))))
-        low, high = (middle, high) if body <= length - len(maker.bos) - len(end) else (low, middle - 1)
-    body = maker.encode(separator.join(entries(low)))
-    rest = length - len(maker.bos) - len(body) - len(end)
-    if rest < 0:
-        raise ValueError(f"a prompt needs at least {length - rest} tokens, not {length}")
-    return {"tokens": maker.bos + newline * rest + body + end, "expected": list(expected)}
+        low, high = (middle, high) if tokens(middle) <= room else (low, middle - 1)
+    body = [token for piece in pieces(low) for token in maker.piece(piece)]
+    if len(body) > room:
+        raise ValueError(f"a prompt needs at least {length + len(body) - room} tokens, not {length}")
+    return {"tokens": maker.bos + newline * (room - len(body)) + body + end, "expected": list(expected)}
 
 
 TASKS = {

@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 import calibrate
 import evaluate
 import generate
+from evaluation import engine as evaluation_engine
 from evaluation import heatmap, readers, report, scoring, tasks, text
 
 
@@ -258,33 +259,57 @@ def test_prompts_of_data_sets_fit_the_model(tmp_path, tokenizer):
     assert (whole.task, whole.max_tokens, whole.length) == ("vt", 30, 50)
 
 
-def test_a_dense_run_of_the_same_prompts_is_not_repeated(tmp_path, monkeypatch):
-    engine = tmp_path / "engine.py"
-    engine.write_text(
-        """
+ENGINE = """
 import json, sys
 job = json.load(open(sys.argv[1]))
-with open(sys.argv[2], "w") as results:
-    for row in [{"job": job["job"], "options": job["options"]}, *job["samples"], *job["texts"]]:
-        print(json.dumps(row), file=results)
+if job["options"].get("fails"):
+    sys.exit("it fails")
+with open(sys.argv[2], "w") as result:
+    json.dump({"job": job["job"], "what_ran": {}, "settings": job["alphas"]}, result)
 with open(__file__ + ".runs", "a") as runs:
     print(job["mode"], file=runs)
 """
-    )
-    monkeypatch.setattr(evaluate, "ENGINE", engine)
-    job = {"samples": [{"tokens": [1]}, {"tokens": [2]}], "texts": [{"tokens": [3]}], "options": {"alpha": 0.1}}
+JOB = {"samples": [{"tokens": [1]}], "texts": [{"tokens": [3]}], "options": {}, "alphas": [0.1]}
 
-    def run(mode, job, fresh=False):
-        _, samples, texts = evaluate.run(mode, job, tmp_path / "out.json", fresh)
-        assert (samples, texts) == (job["samples"], job["texts"])
-        return (tmp_path / "engine.py.runs").read_text().split()
 
-    assert run("dense", job) == ["dense"]
-    assert run("dense", {**job, "options": {"alpha": 0.2}}) == ["dense"]
-    assert run("dense", {**job, "texts": []}) == ["dense"] * 2
-    assert run("dense", job, fresh=True) == ["dense"] * 3
-    assert run("sparse", job) == ["dense"] * 3 + ["sparse"]
-    assert run("sparse", job) == ["dense"] * 3 + ["sparse"] * 2
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    path = tmp_path / "engine.py"
+    path.write_text(ENGINE)
+    monkeypatch.setattr(evaluate, "ENGINE", path)
+    return path
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_dense_run_of_the_same_prompts_is_not_repeated(engine, tmp_path, parallel):
+    def run(job, fresh=False):
+        _, sparse = evaluate.run_both(job, tmp_path / "out.json", fresh, parallel)
+        assert sparse["settings"] == job["alphas"]
+        runs = sorted(Path(f"{engine}.runs").read_text().split())
+        Path(f"{engine}.runs").unlink()
+        return runs
+
+    both = ["dense", "sparse"]
+    assert run(JOB) == both
+    other = {"alphas": [0.2, None], "target_density": 0.3, "calibration": [[5]], "options": {"min_sparse_tokens": 0}}
+    assert run({**JOB, **other}) == ["sparse"]
+    assert run({**JOB, "texts": []}) == both
+    assert run({**JOB, "texts": []}, fresh=True) == both
+    assert run({**JOB, "texts": []}) == ["sparse"]
+
+
+def test_an_engine_that_fails_is_an_error(engine, tmp_path):
+    with pytest.raises(SystemExit, match="the sparse run failed"):
+        evaluate.run_both(JOB, tmp_path / "out.json", False, False)
+        evaluate.run_both({**JOB, "options": {"fails": True}}, tmp_path / "out.json", False, True)
+
+
+def test_calibration_text_is_neither_the_facts_nor_the_test_text(tokenizer, maker, prose):
+    made = evaluate.calibration_texts(tokenizer, 3000)
+    assert [len(tokens) for tokens in made] == [3000] * 3
+    for tokens in made:
+        lines = [line.strip() for line in tokenizer.decode(tokens).splitlines() if len(line) > 60]
+        assert lines and not any(line in prose or line in text.code() for line in lines)
 
 
 def test_without_matplotlib_the_heat_map_says_what_to_install(monkeypatch, tmp_path):
@@ -296,7 +321,7 @@ def test_without_matplotlib_the_heat_map_says_what_to_install(monkeypatch, tmp_p
 def test_the_heat_map_is_a_png(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [
-        {"depth": depth, "length": length, "dense": {"score": 1.0}, "sparse": {"score": depth}}
+        {"depth": depth, "length": length, "answers": {"dense": {"score": 1.0}, "alpha 0.1": {"score": depth}}}
         for depth in (0.1, 0.9)
         for length in (600, 900)
     ]
@@ -304,38 +329,99 @@ def test_the_heat_map_is_a_png(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def setting(name, samples=(), texts=(), kept=6):
+    counts = [{"of": of, "length": 600, "kept_blocks": kept, "visible_blocks": 10} for of in ("samples", "texts")]
+    config = None if name == "dense" else {"block_size": 128, "num_dense_tail_blocks": 2}
+    answers = [{"text": text} for text in samples]
+    return {"name": name, "config": config, "samples": answers, "texts": list(texts), "counts": counts}
+
+
 def test_rows_and_sums():
-    def sample(expected):
+    def sample(task, group, expected):
         return SimpleNamespace(
-            task="single",
+            task=task,
             length=600,
             depth=0.5,
+            group=group,
             tokens=[1] * 600,
             expected=expected,
             metric="string_match_all",
             classes=[],
         )
 
-    def answer(text, kept=0):
-        return {"text": text, "kept_blocks": kept, "visible_blocks": 10 * (kept > 0)}
+    samples = [sample("single", "a", ["1"]), sample("single", "b", ["2"]), sample("many", "c", ["3", "4"])]
+    settings = [setting("dense", "135"), setting("alpha 0.1", ["9", "2", "34"])]
+    rows = report.sample_rows(samples, settings)
+    assert [row["answers"]["dense"]["score"] for row in rows] == [1, 0, 0]
+    (line,) = report.length_rows(rows, settings)
+    assert (line["setting"], line["density"], line["prompts"]) == ("alpha 0.1", 0.6, 3)
+    # The mean over tasks: (0.5 + 0) / 2 and (0.5 + 1) / 2.
+    assert (line["all"]["dense"], line["all"]["sparse"], line["all"]["difference"]) == (0.25, 0.75, 0.5)
+    assert (line["all"]["lower"], line["all"]["higher"]) == (1, 2)
+    assert line["all"]["interval"] == (0, 1)
+    assert (line["single"]["dense"], line["single"]["difference"]) == (0.5, 0)
+    single, many = report.summarise(rows)
+    assert (single["dense"], many["dense"]) == (0.5, 0)
+    assert single["sparse"]["alpha 0.1"] == {"score": 0.5, "lower": 1, "higher": 1, "same_text": 0}
+    assert "(-1 +1)" in report.tables({"lengths": [line], "summary": [single, many], "predictions": []})
 
-    rows = report.sample_rows(
-        [sample(["1"]), sample(["2"])], [answer("1"), answer("3")], [answer("9", 5), answer("2", 7)]
-    )
-    (total,) = report.summarise(rows)
-    assert (total["dense"], total["sparse"], total["lower"], total["higher"]) == (0.5, 0.5, 1, 1)
-    assert total["density"] == 0.6 and total["prompts"] == 2
+
+def test_an_interval_draws_clusters_within_strata():
+    # One cluster of each stratum: nothing to draw.
+    assert report.interval([(0, "a", 1), (0, "a", 0), (1, "b", 0)]) == (0.25, 0.25)
+    few = report.interval([(0, n, n % 2) for n in range(10)])
+    many = report.interval([(0, n, n % 2) for n in range(1000)])
+    assert few[0] < many[0] < 0.5 < many[1] < few[1]
+    assert many == pytest.approx((0.5 - 1.96 * 0.5 / 1000**0.5, 0.5 + 1.96 * 0.5 / 1000**0.5), abs=0.005)
+    # A thousand values of ten clusters are as ten.
+    assert report.interval([(0, n, n % 2) for n in range(10) for _ in range(100)]) == few
 
 
 def test_predictions_are_split_where_the_dense_tail_begins():
-    config = {"block_size": 128, "num_dense_tail_blocks": 2}
     text = {"length": 600, "first": 300}
     # 600 tokens are 5 blocks; rows from 384 on are the tail, and predict tokens from 385 on.
     logprobs = [-1.0] * 85 + [-2.0] * 215
-    run = {"logprobs": logprobs, "predicted": [0] * 300, "kept_blocks": 1, "visible_blocks": 2}
-    other = {**run, "predicted": [0] * 299 + [1]}
-    before, tail = report.prediction_rows([text], [run], [other], config)
+    run = {"logprobs": logprobs, "predicted": [0] * 300}
+    other = {"logprobs": [-1.01] * 85 + [-2.0] * 215, "predicted": [0] * 299 + [1]}
+    settings = [setting("dense", texts=[run]), setting("alpha 0.1", texts=[other], kept=5)]
+    before, tail = report.prediction_rows([text], settings)
     assert (before["tokens"], tail["tokens"]) == (85, 215)
     assert before["dense_perplexity"] == pytest.approx(2.7183, abs=1e-4)
+    assert (before["change"], tail["change"]) == (pytest.approx(0.01005, abs=1e-5), 0)
     assert (before["agreement"], tail["agreement"]) == (1, round(214 / 215, 4))
     assert tail["density"] == 0.5
+    report.tables({"lengths": [], "summary": [], "predictions": [before, tail]})
+
+
+def test_the_options_of_a_running_engine_change():
+    from vllm_flashprefill.config import FlashPrefillConfig
+
+    def owner():
+        return SimpleNamespace(flashprefill_config=FlashPrefillConfig(num_sink_blocks=3))
+
+    impl, builders = owner(), [owner(), SimpleNamespace()]
+    layers = {"0": SimpleNamespace(impl=impl), "1": SimpleNamespace(impl=SimpleNamespace()), "2": SimpleNamespace()}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    groups = [[SimpleNamespace(metadata_builders=builders)]]
+    for runner in (SimpleNamespace(attn_groups=groups), SimpleNamespace(attn_metadata_builders=builders)):
+        worker = SimpleNamespace(vllm_config=config, model_runner=runner)
+        assert evaluation_engine.configure(worker, {"alpha": 0.3}) == 2
+        for changed in (impl, builders[0]):
+            assert changed.flashprefill_config == FlashPrefillConfig(alpha=0.3, num_sink_blocks=3)
+
+
+def test_the_alpha_of_a_density_is_found_by_bisection():
+    engine = object.__new__(evaluation_engine.Engine)
+    engine.job = {"calibration": [[1], [2]]}
+    salts = []
+
+    def counted(run):
+        run()
+        kept = round(1000 * (1 - engine.alpha**0.5))
+        return [], {"kept_blocks": kept, "visible_blocks": 1000}
+
+    engine.use = lambda alpha: setattr(engine, "alpha", alpha)
+    engine.counted = counted
+    engine.generate = lambda texts: salts.extend(text["group"] for text in texts)
+    assert engine.alpha_for(0.7) == pytest.approx(0.09, rel=0.05)
+    assert len(salts) == len(set(salts)) > 2
