@@ -99,20 +99,19 @@ class Run:
     A dense run of the same prompts is not repeated, whatever the settings of the sparse one.
     """
 
-    def __init__(self, mode: str, job: dict[str, Any], out: Path, fresh: bool) -> None:
+    def __init__(self, mode: str, job: dict[str, Any], prompts: Path, out: Path, fresh: bool) -> None:
         self.mode, self.path, self.process = mode, out.with_suffix(f".{mode}.json"), None
         ignored = {} if mode == "sparse" else {"options": {}, "alphas": [], "target_density": None, "calibration": []}
-        asked = json.dumps({**job, **ignored, "mode": mode})
-        same = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        asked = json.dumps({**job, **ignored, "mode": mode}).encode()
+        same = hashlib.sha256(asked + prompts.read_bytes()).hexdigest()[:16]
         if mode == "dense" and not fresh and self.path.exists():
             if json.loads(self.path.read_text()).get("job") == same:
                 print(f"dense: as in {self.path}; --fresh runs it again")
                 return
         self.path.unlink(missing_ok=True)
-        self.folder = tempfile.TemporaryDirectory()
-        job_path = Path(self.folder.name, "job.json")
+        job_path = prompts.with_name(f"{mode}.json")
         job_path.write_text(json.dumps({**job, "mode": mode, "job": same}))
-        self.process = subprocess.Popen([sys.executable, str(ENGINE), str(job_path), str(self.path)])
+        self.process = subprocess.Popen([sys.executable, str(ENGINE), str(job_path), str(prompts), str(self.path)])
 
     def result(self) -> dict[str, Any]:
         if self.process is not None and self.process.wait() != 0:
@@ -123,22 +122,26 @@ class Run:
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
-            self.folder.cleanup()
 
 
-def run_both(job: dict[str, Any], out: Path, fresh: bool, parallel: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_both(
+    job: dict[str, Any], prompts: dict[str, Any], out: Path, fresh: bool, parallel: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The results of the dense and the sparse engine, one after the other or at the same time."""
     runs = []
-    try:
-        for mode in ("dense", "sparse"):
-            runs.append(Run(mode, job, out, fresh))
-            if not parallel:
-                runs[-1].result()
-        dense, sparse = [run.result() for run in runs]
-        return dense, sparse
-    finally:
-        for run in runs:
-            run.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        prompts_path = Path(folder, "prompts.json")
+        prompts_path.write_text(json.dumps(prompts))
+        try:
+            for mode in ("dense", "sparse"):
+                runs.append(Run(mode, job, prompts_path, out, fresh))
+                if not parallel:
+                    runs[-1].result()
+            dense, sparse = [run.result() for run in runs]
+            return dense, sparse
+        finally:
+            for run in runs:
+                run.stop()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -234,12 +237,13 @@ def main() -> None:
         ),
         "batched_tokens": options.batched_tokens,
         "engine": options.engine,
-        "samples": [
-            {name: getattr(sample, name) for name in ("tokens", "max_tokens", "group", "length")} for sample in samples
-        ],
+    }
+    fields = ("tokens", "max_tokens", "group", "length")
+    prompts = {
+        "samples": [{name: getattr(sample, name) for name in fields} for sample in samples],
         "texts": texts,
     }
-    dense, sparse = run_both(job, options.out, options.fresh, options.parallel)
+    dense, sparse = run_both(job, prompts, options.out, options.fresh, options.parallel)
     settings = dense["settings"] + sparse["settings"]
     rows = report.sample_rows(samples, settings)
     result = {

@@ -1,8 +1,8 @@
 """One vLLM engine, dense or with FlashPrefill, over prepared prompts; a process of its own, started by evaluate.py.
 
-    python engine.py JOB RESULT
+    python engine.py JOB PROMPTS RESULT
 
-Both are JSON objects. A sparse engine goes through the prompts once for each setting: alpha is changed while it runs.
+All are JSON objects. A sparse engine goes through the prompts once for each setting: alpha is changed while it runs.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ class Engine:
         return alpha
 
 
-def main(job_path: str, result_path: str) -> None:
-    job = json.loads(Path(job_path).read_text())
+def main(job_path: str, prompts_path: str, result_path: str) -> None:
+    job = {**json.loads(Path(job_path).read_text()), **json.loads(Path(prompts_path).read_text())}
     engine = Engine(job)
     engine.generate([{"tokens": (job["samples"] or job["texts"])[0]["tokens"][:32]}])
     settings = []

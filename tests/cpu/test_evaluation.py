@@ -264,12 +264,14 @@ import json, sys
 job = json.load(open(sys.argv[1]))
 if job["options"].get("fails"):
     sys.exit("it fails")
-with open(sys.argv[2], "w") as result:
+assert json.load(open(sys.argv[2])).keys() == {"samples", "texts"}
+with open(sys.argv[3], "w") as result:
     json.dump({"job": job["job"], "what_ran": {}, "settings": job["alphas"]}, result)
 with open(__file__ + ".runs", "a") as runs:
     print(job["mode"], file=runs)
 """
-JOB = {"samples": [{"tokens": [1]}], "texts": [{"tokens": [3]}], "options": {}, "alphas": [0.1]}
+JOB = {"options": {}, "alphas": [0.1]}
+PROMPTS = {"samples": [{"tokens": [1]}], "texts": [{"tokens": [3]}]}
 
 
 @pytest.fixture
@@ -282,8 +284,8 @@ def engine(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_dense_run_of_the_same_prompts_is_not_repeated(engine, tmp_path, parallel):
-    def run(job, fresh=False):
-        _, sparse = evaluate.run_both(job, tmp_path / "out.json", fresh, parallel)
+    def run(job, prompts=PROMPTS, fresh=False):
+        _, sparse = evaluate.run_both(job, prompts, tmp_path / "out.json", fresh, parallel)
         assert sparse["settings"] == job["alphas"]
         runs = sorted(Path(f"{engine}.runs").read_text().split())
         Path(f"{engine}.runs").unlink()
@@ -293,15 +295,16 @@ def test_a_dense_run_of_the_same_prompts_is_not_repeated(engine, tmp_path, paral
     assert run(JOB) == both
     other = {"alphas": [0.2, None], "target_density": 0.3, "calibration": [[5]], "options": {"min_sparse_tokens": 0}}
     assert run({**JOB, **other}) == ["sparse"]
-    assert run({**JOB, "texts": []}) == both
-    assert run({**JOB, "texts": []}, fresh=True) == both
-    assert run({**JOB, "texts": []}) == ["sparse"]
+    fewer = {**PROMPTS, "texts": []}
+    assert run(JOB, fewer) == both
+    assert run(JOB, fewer, fresh=True) == both
+    assert run(JOB, fewer) == ["sparse"]
 
 
 def test_an_engine_that_fails_is_an_error(engine, tmp_path):
     with pytest.raises(SystemExit, match="the sparse run failed"):
-        evaluate.run_both(JOB, tmp_path / "out.json", False, False)
-        evaluate.run_both({**JOB, "options": {"fails": True}}, tmp_path / "out.json", False, True)
+        evaluate.run_both(JOB, PROMPTS, tmp_path / "out.json", False, False)
+        evaluate.run_both({**JOB, "options": {"fails": True}}, PROMPTS, tmp_path / "out.json", False, True)
 
 
 def test_calibration_text_is_neither_the_facts_nor_the_test_text(tokenizer, maker, prose):
