@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -195,6 +196,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    # Ended from outside, it ends its engines.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
     if options.draw:
         from evaluation.heatmap import draw
 
