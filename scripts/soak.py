@@ -194,7 +194,8 @@ def nvidia_smi(query: str) -> list[str] | None:
 
 def gpu_memory_mb() -> int | None:
     lines = nvidia_smi("memory.used")
-    return None if lines is None else sum(map(int, lines))
+    used = [int(line) for line in lines or [] if line.strip().isdigit()]
+    return sum(used) if used else None
 
 
 def host_memory_mb(pid: int) -> int:
@@ -248,6 +249,9 @@ async def unless_ended(work, server: subprocess.Popen, timeout_s: float | None =
     task, ended = asyncio.ensure_future(work), asyncio.ensure_future(until_ended(server))
     await asyncio.wait({task, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     try:
+        if task.done() and task.exception():
+            # The server's end explains it better, and may be seen a little later.
+            await asyncio.wait({ended}, timeout=2)
         if ended.done():
             raise RuntimeError(f"the server ended with status {server.returncode}")
         if not task.done():
@@ -282,10 +286,7 @@ async def soak(url: str, args: argparse.Namespace, server: subprocess.Popen, log
         try:
             found = await unless_ended(run.run(server.pid), server)
         except (RuntimeError, asyncio.TimeoutError, aiohttp.ClientError) as error:
-            # The server's own end explains the others.
-            await asyncio.sleep(2)
-            ended = "" if server.poll() is None else f"; the server ended with status {server.returncode}"
-            wrong.append(f"stopped after {run.done.total()} requests: {type(error).__name__}: {error}{ended}")
+            wrong.append(f"stopped after {run.done.total()} requests: {type(error).__name__}: {error}")
         seconds = time.monotonic() - started
         health.cancel()
         errors = log_errors(log.read_bytes()[ready_at:].decode())
@@ -379,6 +380,8 @@ def main() -> None:
     parser.add_argument("serve", nargs="*", help="further arguments of vllm serve, after --")
     args = parser.parse_args()
 
+    if args.model == str(MODEL) and not MODEL.exists():
+        sys.exit("error: the model is not there yet; run `make demo`, or scripts/fetch_model.py first")
     port = free_port(args.port)
     log = Path(tempfile.mkdtemp(prefix="flashprefill-soak-"), "server.log")
     print(f"server log: {log}", flush=True)
