@@ -5,25 +5,19 @@ several depths and is prefilled once per setting. The margin of an answer is by 
 certain right token exceeds the best other one: a fact is found where it is above 0. What a setting costs is the change
 of the margins against dense attention; their root mean square says more, on a few facts, than how many flip.
 
-    python scripts/calibrate.py --length 7500 --texts 2 '{"alpha": 0.05}' '{"alpha": 0.01, "num_dense_layers": 2}'
+    python scripts/facts.py --length 7500 --texts 2 '{"alpha": 0.05}' '{"alpha": 0.01, "num_dense_layers": 2}'
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
-from pathlib import Path
+import pydoc_data.topics
 
 import torch
+from real_model import MODEL, Attention, load_model
 
-from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.reference import select_blocks_ref
-
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 # Neither the facts and depths nor the stretches of text of tests/engine and generate.py.
 NAMES = ("old lighthouse", "copper bridge", "winter garden", "eastern tower", "marble fountain")
@@ -31,38 +25,6 @@ NAMES += ("quiet valley", "amber workshop", "iron gate", "paper museum", "green 
 CODES = ("5128", "8640", "2937", "6482", "1759", "3204", "9416", "7063", "4581", "8372")
 DEPTHS = (0.05, 0.2, 0.4, 0.6, 0.8)
 FIRST_TOKEN, TOKENS_BETWEEN_TEXTS = 20_000, 11_000
-
-
-@dataclasses.dataclass
-class Attention:
-    """An attention function for transformers; dense where there is no config, and for steps under a block."""
-
-    config: FlashPrefillConfig | None = None
-    prompt_len: int = 0
-    kept_blocks: int = 0
-    visible_blocks: int = 0
-
-    def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
-        num_tokens, seq_len = query.shape[2], key.shape[2]
-        config = self.config
-        if config is None or num_tokens < config.block_size or module.layer_idx < config.num_dense_layers:
-            seen = torch.ones(num_tokens, seq_len, dtype=torch.bool).tril(seq_len - num_tokens)
-            mask = {"is_causal": True} if num_tokens == seq_len else {"attn_mask": seen}
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, scale=scaling, enable_gqa=True, **mask
-            )
-            return out.transpose(1, 2).contiguous(), None
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        context_len = seq_len - num_tokens
-        mask = select_blocks_ref(
-            q, k, context_len=context_len, prompt_len=self.prompt_len, config=config, softmax_scale=scaling
-        )
-        self.kept_blocks += int(mask.sum())
-        self.visible_blocks += mask.shape[0] * mask.shape[1] * (mask.shape[1] + 1) // 2
-        out = sparse_attention_cpu(
-            q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=scaling
-        )
-        return out[None], None
 
 
 # Tokens of a question and of its answer.
@@ -113,17 +75,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = {text: FlashPrefillConfig(**json.loads(text)) for text in options.settings}
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import pydoc_data.topics
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attention = Attention()
-    ALL_ATTENTION_FUNCTIONS["flashprefill"] = attention
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    model.set_attn_implementation("flashprefill")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    attention = Attention(prompt_len=options.length)
+    model, tokenizer = load_model(options.model, attention)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -135,13 +88,15 @@ def main() -> None:
         text, questions = make_text(encode, filler, index, options.length)
         dense: list[float] = []
         for name, config in {"dense": None, **settings}.items():
-            attention.config, attention.prompt_len = config, options.length
-            attention.kept_blocks = attention.visible_blocks = 0
+            attention.use(config)
             found = margins(model, text, questions)
             dense = dense or found
             changes.setdefault(name, []).extend(zip(dense, found, strict=True))
-            density = attention.kept_blocks / attention.visible_blocks if config else 1
-            print(f"text {index}  {name}  density {density:.1%}  margins", *(f"{m:+.2f}" for m in found), flush=True)
+            print(
+                f"text {index}  {name}  density {attention.density:.1%}  margins",
+                *(f"{m:+.2f}" for m in found),
+                flush=True,
+            )
 
     for name in settings:
         pairs = changes[name]
