@@ -70,7 +70,7 @@ class FlashPrefillConfig:
     num_sink_blocks: int = 2
     num_window_blocks: int = 4
     num_dense_tail_blocks: int = 2
-    min_sparse_tokens: int = 2048
+    min_sparse_tokens: int = 4096
     num_dense_layers: int = 0
     min_share: float = 0.0
 

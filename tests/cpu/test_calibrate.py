@@ -70,13 +70,22 @@ def model_folder(tmp_path):
 def test_a_preset_has_the_density_asked_for_and_loads(option, model_folder, monkeypatch, capsys):
     out = model_folder / "preset.json"
     arguments = ["--density", "0.88", "--length", "2300", "--text", str(model_folder / "text"), "--last", "64"]
-    arguments += ["--option", option, "--options", '{"num_dense_layers": 1}', "--device", "cpu", "--out", str(out)]
+    arguments += [
+        "--option",
+        option,
+        "--options",
+        '{"num_dense_layers": 1, "min_sparse_tokens": 2048}',
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", ["calibrate.py", str(model_folder), *arguments])
     with torch.no_grad():
         calibrate.main()
     options = json.loads(out.read_text())["flashprefill"]
     config = FlashPrefillConfig.from_options(options)
-    assert set(options) == {option, "num_dense_layers"} and config.num_dense_layers == 1
+    assert set(options) == {option, "num_dense_layers", "min_sparse_tokens"} and config.num_dense_layers == 1
     assert config.row_share == (option == "min_share")
     vllm_config = SimpleNamespace(model_config=None, additional_config=json.loads(out.read_text()))
     assert FlashPrefillConfig.from_vllm(vllm_config, {}) == config
@@ -91,7 +100,7 @@ def test_a_preset_has_the_density_asked_for_and_loads(option, model_folder, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--density", "0.5", "--length", "1000"], "under 2048 tokens are dense"),
+        (["--density", "0.5", "--length", "1000"], "under 4096 tokens are dense"),
         (["--density", "0.5", "--options", '{"alpha": 0.1}'], "others than alpha and min_share"),
         (["--density", "0.5", "--options", '{"num_dense_layers": -1}'], "num_dense_layers must be an integer"),
         (["--density", "0.5", "--loss", "0.1"], "not allowed with"),
