@@ -6,7 +6,7 @@ replaced by equally many blocks, evenly spread (`FixedDensity`). That happens in
 no such switch. Times are of prompts with so much to prune, the texts mean nothing. First the engines must agree at
 alpha 0, or no speedup is given.
 
-    python scripts/bench_vllm.py                                   TTFT, decoding and throughput, about 6 minutes
+    python scripts/bench_vllm.py                                   TTFT, decoding and throughput, about 8 minutes
     python scripts/bench_vllm.py --layers 4 --tokens 8192 32768    a short run
 
 TTFT is the time of a request for one token, in process, without prefix caching; its bound is the time with attention
@@ -73,12 +73,13 @@ def write_tokenizer(folder: str, vocab_size: int) -> None:
 class Engine:
     """An in-process engine and what of it is changed between measurements."""
 
-    def __init__(self, model: Path, max_model_len: int):
+    def __init__(self, model: Path, max_model_len: int, eager: bool):
         from vllm import LLM
 
         self.llm = LLM(
             str(model),
             load_format="dummy",
+            enforce_eager=eager,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_model_len,
             enable_prefix_caching=False,
@@ -234,8 +235,8 @@ class FixedDensity:
         return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device), block_counts
 
 
-def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One backend's results by case; times in milliseconds."""
+def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> None:
+    """Write one backend's results by case as JSON, after each of them; times in milliseconds."""
     sparse = backend == "flashprefill"
     if sparse:
         import vllm_flashprefill
@@ -244,7 +245,7 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
         from vllm_flashprefill.kernels import pipeline
 
     started = time.perf_counter()
-    engine = Engine(model, max(args.tokens) + 1024)
+    engine = Engine(model, max(args.tokens) + 1024, args.eager)
     results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
     if sparse:
         engine.configure(alpha=0.0)
@@ -265,6 +266,7 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
         if sparse:
             time.sleep(0.1)
             results[case]["density"] = (vllm_flashprefill.stats() - before).density
+        out.write_text(json.dumps(results))
         print(f"  {backend} {case}: {results[case]['ms']:.3f} ms", flush=True)
 
     for tokens in args.tokens:
@@ -297,7 +299,6 @@ def measure(backend: str, model: Path, args: argparse.Namespace) -> dict[str, An
             for tokens in args.tokens:
                 if tokens >= LONG:
                     timed(f"bound {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
-    return results
 
 
 def difference(found: list[dict[str, float]], expected: list[dict[str, float]]) -> tuple[float, float]:
@@ -324,6 +325,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--chunk", type=int, nargs="*", default=[8192], help="tokens of a chunk, beside whole prompts")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: a quicker start")
     parser.add_argument("--no-decode", dest="decode", action="store_const", const=[], default=DECODE)
     parser.add_argument("--no-mixed", dest="mixed", action="store_false")
     parser.add_argument("--commit", default=None)
@@ -333,7 +335,7 @@ def main() -> None:
 
     if args.worker:
         backend, model, out = args.worker.split(",")
-        Path(out).write_text(json.dumps(measure(backend, Path(model), args)))
+        measure(backend, Path(model), Path(out), args)
         return
 
     found = {}
@@ -349,13 +351,15 @@ def main() -> None:
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         }
         environment.pop("FLASHPREFILL", None)
-        for backend in ("default", "flashprefill"):
-            out = Path(folder, f"{backend}.json")
-            command = [sys.executable, *sys.argv, "--worker", f"{backend},{folder},{out}"]
-            subprocess.run(command, env=environment, check=True)
-            found[backend] = json.loads(out.read_text())
-            print(f"{backend}: {json.dumps(found[backend])}", flush=True)
-    write_rows(found["default"], found["flashprefill"], args)
+        try:
+            for backend in ("default", "flashprefill"):
+                out = found[backend] = Path(folder, f"{backend}.json")
+                command = [sys.executable, *sys.argv, "--worker", f"{backend},{folder},{out}"]
+                subprocess.run(command, env=environment, check=True)
+        finally:
+            # What is there when one fails or the run is interrupted is right too.
+            if len(found) == 2 and all(path.exists() for path in found.values()):
+                write_rows(*(json.loads(path.read_text()) for path in found.values()), args)
 
 
 def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Namespace) -> None:
@@ -365,7 +369,7 @@ def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Na
     check = "passed" if agree(default, flash) else "failed"
     for case, value in default.items():
         kind, *numbers = case.split()
-        if kind not in ("ttft", "decode", "mixed"):
+        if kind not in ("ttft", "decode", "mixed") or case not in flash:
             continue
         first, second = (int(n) for n in numbers) if numbers else (default["mixed_tokens"], 8192)
         ours = flash[case]
@@ -375,7 +379,7 @@ def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Na
             vllm=__version__,
             torch=torch.__version__,
             commit=commit_name(args.commit),
-            model=f"llama-8b, {args.layers} layers",
+            model=f"llama-8b, {args.layers} layers{', eager' * args.eager}",
             case=kind,
             requests=first if kind == "decode" else len(MIXED_PROMPTS) if kind == "mixed" else 1,
             tokens=second if kind == "decode" else first,

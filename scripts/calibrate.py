@@ -1,11 +1,13 @@
-"""What options cost a model: facts planted in long real texts, asked for after a dense and after a sparse prefill.
+"""Find alpha, or min_share, for a target density or a target loss on a text of yours; write it as options.
 
-Runs the model in transformers, without vLLM, on this package's selection and CPU attention. Each text has facts at
-several depths and is prefilled once per setting. The margin of an answer is by how much the logit of its least
-certain right token exceeds the best other one: a fact is found where it is above 0. What a setting costs is the change
-of the margins against dense attention; their root mean square says more, on a few facts, than how many flip.
+    python scripts/calibrate.py MODEL --text FILE --length 8000 --density 0.46 --out preset.json
+    python scripts/calibrate.py MODEL --text FILE --length 8000 --loss 0.01 --option min_share
+    vllm serve MODEL --additional-config "$(cat preset.json)"
 
-    python scripts/calibrate.py --length 7500 --texts 2 '{"alpha": 0.05}' '{"alpha": 0.01, "num_dense_layers": 2}'
+Runs the model in transformers, without vLLM, on the text's first tokens, once dense and once for each value tried. The
+density is that of the prompt, over the layers that are not always dense. The loss is how far the next tokens move from
+dense attention's: their mean divergence KL(dense, sparse) in nats, over the last tokens before the dense tail; the
+perplexity of the text there is printed beside it. Both depend on the length: take that of your prompts.
 """
 
 from __future__ import annotations
@@ -13,141 +15,180 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from real_model import Attention, encode_text, load_model
+from tqdm import tqdm
 
-from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
-from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.reference import select_blocks_ref
+from vllm_flashprefill.config import ADDITIONAL_CONFIG_KEY, FlashPrefillConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-
-# Neither the facts and depths nor the stretches of text of tests/engine and generate.py.
-NAMES = ("old lighthouse", "copper bridge", "winter garden", "eastern tower", "marble fountain")
-NAMES += ("quiet valley", "amber workshop", "iron gate", "paper museum", "green ferry")
-CODES = ("5128", "8640", "2937", "6482", "1759", "3204", "9416", "7063", "4581", "8372")
-DEPTHS = (0.05, 0.2, 0.4, 0.6, 0.8)
-FIRST_TOKEN, TOKENS_BETWEEN_TEXTS = 20_000, 11_000
+# Values searched, from keeping next to everything to next to nothing.
+RANGE = {"alpha": (1e-5, 1.0), "min_share": (1e-7, 1.0)}
+# How far a density may be from the target, and how much of it a loss may fall short.
+DENSITY_TOLERANCE, LOSS_SHORT = 0.005, 0.1
+BAR = "{percentage:3.0f}% {bar} {elapsed}, at most {remaining} more"
 
 
-@dataclasses.dataclass
-class Attention:
-    """An attention function for transformers; dense where there is no config, and for steps under a block."""
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one config did. loss: KL(dense, sparse); agreement: share of dense attention's most likely next tokens."""
 
-    config: FlashPrefillConfig | None = None
-    prompt_len: int = 0
-    kept_blocks: int = 0
-    visible_blocks: int = 0
+    density: float
+    loss: float
+    agreement: float
+    perplexity: float
 
-    def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
-        num_tokens, seq_len = query.shape[2], key.shape[2]
-        config = self.config
-        if config is None or num_tokens < config.block_size or module.layer_idx < config.num_dense_layers:
-            seen = torch.ones(num_tokens, seq_len, dtype=torch.bool).tril(seq_len - num_tokens)
-            mask = {"is_causal": True} if num_tokens == seq_len else {"attn_mask": seen}
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, scale=scaling, enable_gqa=True, **mask
-            )
-            return out.transpose(1, 2).contiguous(), None
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        context_len = seq_len - num_tokens
-        mask = select_blocks_ref(
-            q, k, context_len=context_len, prompt_len=self.prompt_len, config=config, softmax_scale=scaling
+    def __str__(self) -> str:
+        return (
+            f"density {self.density:.1%}, loss {self.loss:.5f}, agreement {self.agreement:.1%}, "
+            f"perplexity {self.perplexity:.4f}"
         )
-        self.kept_blocks += int(mask.sum())
-        self.visible_blocks += mask.shape[0] * mask.shape[1] * (mask.shape[1] + 1) // 2
-        out = sparse_attention_cpu(
-            q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=scaling
+
+
+class Text:
+    """A model and a text, whose `last` tokens before `end` are judged."""
+
+    def __init__(self, model: str, text: str, length: int, *, start: int = 0, last: int, end: int, device: str) -> None:
+        self.attention = Attention()
+        self.model, tokenizer = load_model(model, self.attention, device)
+        tokens = encode_text(tokenizer, text, length, start)
+        self.tokens = torch.tensor([tokens], device=device)
+        # The logits at one position are of the next token.
+        self.judged = torch.arange(end - last - 1, end - 1, device=device)
+        self.right = self.tokens[0, self.judged + 1][:, None]
+        # Layers and attention modules tell transformers' caches which layer they are.
+        self.parts = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
+        self.dense: torch.Tensor | None = None
+
+    def measure(self, config: FlashPrefillConfig | None, bar: tqdm | None = None) -> Result:
+        """What the model makes of the text with a config, None for dense attention, which has to come first."""
+        self.attention.use(config)
+
+        def count(*_: Any) -> None:
+            bar.update()
+
+        hooks = [part.register_forward_hook(count) for part in self.parts if bar is not None]
+        logits = self.model(self.tokens, use_cache=False, logits_to_keep=self.judged).logits[0]
+        for hook in hooks:
+            hook.remove()
+        sparse = logits.float().log_softmax(dim=-1)
+        if config is None:
+            self.dense = sparse
+        dense = self.dense
+        return Result(
+            density=self.attention.density,
+            loss=float((dense.exp() * (dense - sparse)).sum(dim=-1).mean()),
+            agreement=float((sparse.argmax(dim=-1) == dense.argmax(dim=-1)).float().mean()),
+            perplexity=float(sparse.gather(1, self.right).mean().neg().exp()),
         )
-        return out[None], None
 
 
-# Tokens of a question and of its answer.
-Question = tuple[list[int], list[int]]
+def search(
+    measure: Callable[[float], Result],
+    low: float,
+    high: float,
+    *,
+    density: float | None = None,
+    loss: float | None = None,
+    passes: int,
+) -> tuple[float, Result]:
+    """The value between low and high that fits, and its result, by interpolation over the value's logarithm.
+
+    Args:
+        measure: what a value does; a larger one prunes more.
+        density, loss: one of them; the density to come near to, the loss not to exceed.
+
+    Raises:
+        SystemExit: no value tried fits.
+    """
+    # At the ends: the logarithm, and by how much its result may prune more, or less; not known before it is tried.
+    ends = [[math.log(low), None], [math.log(high), None]]
+    best = None
+    for _ in range(passes):
+        (left, above), (right, below) = ends
+        share = 0.5 if above is None or below is None else min(max(above / (above - below), 0.1), 0.9)
+        value = float(f"{math.exp(left + share * (right - left)):.4g}")
+        result = measure(value)
+        if density is not None:
+            more, tolerance = result.density - density, DENSITY_TOLERANCE
+        else:
+            more, tolerance = (1 - LOSS_SHORT / 2) * loss - result.loss, LOSS_SHORT / 2 * loss
+            if result.loss <= loss and (best is None or value > best[0]):
+                best = value, result
+        if abs(more) <= tolerance:
+            return value, result
+        ends[0 if more > 0 else 1] = [math.log(value), more]
+    if best is None:
+        raise SystemExit(f"not reached in {passes} passes; the last one tried, {value}: {result}")
+    return best
 
 
-def make_text(encode, filler: list[int], index: int, length: int) -> tuple[list[int], list[Question]]:
-    """The tokens of a text with a fact at each depth, and the question about each."""
-    picked = range(5 * index, 5 * index + len(DEPTHS))
-    facts = [(NAMES[i % len(NAMES)], CODES[(i + 3 * (index // 2)) % len(CODES)]) for i in picked]
-    sentence = "The secret code of the {0} is {1}. Remember it: the secret code of the {0} is {1}."
-    planted = [encode(f"\n\n{sentence.format(*fact)}\n\n") for fact in facts]
-    asked = "\n\nQuestion: What is the secret code of the {0}?\nAnswer: The secret code of the {0} is"
-    questions = [(encode(asked.format(name)), encode(f" {code}")) for name, code in facts]
-    room = length - sum(map(len, planted)) - max(len(question) for question, _ in questions)
-    start = FIRST_TOKEN + TOKENS_BETWEEN_TEXTS * index
-    text, done = [], 0
-    for depth, fact in zip(DEPTHS, planted, strict=True):
-        at = int(depth * room)
-        text += filler[start + done : start + at] + fact
-        done = at
-    return text + filler[start + done : start + room], questions
-
-
-def margins(model, text: list[int], questions: list[Question]) -> list[float]:
-    """The margin of each answer after one prefill of the text."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    model(torch.tensor([text]), past_key_values=cache, logits_to_keep=1)
-    found = []
-    for question, answer in questions:
-        logits = model(torch.tensor([question + answer]), past_key_values=cache, logits_to_keep=len(answer) + 1)
-        logits = logits.logits[0, :-1].float()
-        cache.crop(len(text))
-        right = logits[range(len(answer)), answer].clone()
-        logits[range(len(answer)), answer] = -torch.inf
-        found.append(float((right - logits.amax(dim=-1)).min()))
-    return found
+def options_json(config: FlashPrefillConfig, names: list[str]) -> str:
+    """Options as vLLM's --additional-config takes them; what is under its one key is for `from_options`."""
+    return json.dumps({ADDITIONAL_CONFIG_KEY: {name: getattr(config, name) for name in names}})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("settings", nargs="+", help="options as JSON objects")
-    parser.add_argument("--model", default=str(MODEL), help="model folder (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=7500, help="tokens of text and question (default: %(default)s)")
-    parser.add_argument("--texts", type=int, nargs="+", default=[0, 1, 2], help="which texts, 0 to 7")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model folder or GGUF file")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--density", type=float, help="share of blocks to keep, within half a percent")
+    target.add_argument("--loss", type=float, help="most that next tokens may diverge from dense attention's, in nats")
+    parser.add_argument("--text", default="docs", help='a file; or "docs", "code" of Python itself (default: docs)')
+    parser.add_argument("--start", type=int, default=0, help="tokens of the text to leave out (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=8000, help="tokens to take (default: %(default)s)")
+    parser.add_argument("--last", type=int, default=512, help="tokens to judge (default: %(default)s)")
+    parser.add_argument("--option", choices=RANGE, default="alpha", help="what to find (default: %(default)s)")
+    parser.add_argument("--options", type=json.loads, default={}, help="other options, as a JSON object")
+    parser.add_argument("--passes", type=int, default=12, help="values to try at most (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
+    parser.add_argument("--out", type=Path, help="file to write the options to")
     options = parser.parse_args()
-    settings = {text: FlashPrefillConfig(**json.loads(text)) for text in options.settings}
+    if RANGE.keys() & options.options:
+        parser.error("--options is for others than alpha and min_share, of which one is to be found")
+    try:
+        config = FlashPrefillConfig.from_options(options.options)
+    except ValueError as error:
+        parser.error(str(error))
+    blocks = -(-options.length // config.block_size)
+    end = min(options.length, (blocks - config.num_dense_tail_blocks) * config.block_size)
+    if options.length < config.min_sparse_tokens:
+        parser.error(f"prompts of under {config.min_sparse_tokens} tokens are dense (min_sparse_tokens)")
+    if end <= options.last:
+        parser.error(f"only {end} tokens come before the dense tail, fewer than --last {options.last} and one")
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import pydoc_data.topics
+    text = Text(
+        options.model,
+        options.text,
+        options.length,
+        start=options.start,
+        last=options.last,
+        end=end,
+        device=options.device,
+    )
+    with tqdm(total=(options.passes + 1) * len(text.parts), bar_format=BAR, disable=None) as bar:
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        def measure(value: float) -> Result:
+            tried = dataclasses.replace(config, **{options.option: value})
+            result = text.measure(tried, bar)
+            bar.write(f"{options.option} {value:.4g}: {result}")
+            return result
 
-    attention = Attention()
-    ALL_ATTENTION_FUNCTIONS["flashprefill"] = attention
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    model.set_attn_implementation("flashprefill")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    topics = pydoc_data.topics.topics
-    filler = encode("\n\n".join(topics[name] for name in sorted(topics)))
-    changes: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
-    for index in options.texts:
-        text, questions = make_text(encode, filler, index, options.length)
-        dense: list[float] = []
-        for name, config in {"dense": None, **settings}.items():
-            attention.config, attention.prompt_len = config, options.length
-            attention.kept_blocks = attention.visible_blocks = 0
-            found = margins(model, text, questions)
-            dense = dense or found
-            changes.setdefault(name, []).extend(zip(dense, found, strict=True))
-            density = attention.kept_blocks / attention.visible_blocks if config else 1
-            print(f"text {index}  {name}  density {density:.1%}  margins", *(f"{m:+.2f}" for m in found), flush=True)
-
-    for name in settings:
-        pairs = changes[name]
-        lost = sum(d > 0 >= s for d, s in pairs)
-        change = torch.tensor([s - d for d, s in pairs]).square().mean().sqrt()
-        print(f"{name}: {lost} of {sum(d > 0 for d, _ in pairs)} lost, root mean square of the change {change:.2f}")
+        bar.write(f"dense: perplexity {text.measure(None, bar).perplexity:.4f}")
+        value, result = search(
+            measure, *RANGE[options.option], density=options.density, loss=options.loss, passes=options.passes
+        )
+    found = dataclasses.replace(config, **{options.option: value})
+    line = options_json(found, [options.option, *options.options])
+    print(f"{options.option} {value}: {result}\n{line}")
+    if options.out:
+        options.out.write_text(line + "\n")
 
 
 if __name__ == "__main__":

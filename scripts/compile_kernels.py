@@ -40,7 +40,7 @@ POINTERS = {
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
 }
-FLOATS = ("scale", "log2_alpha")
+FLOATS = ("scale", "log2_limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     common = dict(
         HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=generation != "ampere",
         NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
+        ROW_SHARE=False, PAGE_SIZE=0,
     )  # fmt: skip
 
     def case(kernel, name, launch, absent=(), **values):
@@ -79,6 +80,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
 
     select = configs.SELECT[generation, head_size]
     for name, absent in (("block_select", ()), ("block_select, uncounted", ("block_counts_ptr",))):
+        absent = ("k_ptr", "block_table_ptr", "k_scale_ptr", *absent)
         yield case(block_select._block_select_kernel, name, launch_values(select), absent)
     tables = {
         "": (sparse_attention._sparse_attention_kernel, configs.ATTENTION),
@@ -93,6 +95,14 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             paged = dict(PAGE_SIZE=page_size, FP8=is_fp8)
             name = f"page {page_size}{' e4m3' if is_fp8 else ''}"
             yield case(block_mean._block_mean_kernel, f"block_mean {name}", {"num_warps": 4}, absent, **paged)
+            yield case(
+                block_select._block_select_kernel,
+                f"block_select by share {name}",
+                launch_values(configs.SELECT_SHARE[generation, head_size]),
+                absent,
+                **paged,
+                ROW_SHARE=True,
+            )
             for suffix, (kernel, table) in tables.items():
                 config = table.get((generation, head_size))
                 if config is None or kernel is None or (config.gluon and is_fp8):

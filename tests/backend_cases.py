@@ -234,7 +234,8 @@ class Side:
                 kv_cache_dtype=shape.kv_cache_dtype,
             )
             one, k_scale, v_scale = (
-                torch.full((1,), x, device=device) for x in ((1, K_SCALE, V_SCALE) if shape.quantised else (1, 1, 1))
+                torch.full((1,), x, dtype=torch.float32, device=device)
+                for x in ((1, K_SCALE, V_SCALE) if shape.quantised else (1, 1, 1))
             )
             self.layer = SimpleNamespace(
                 layer_name=LAYER, impl=self.impl, _q_scale=one, _k_scale=k_scale, _v_scale=v_scale

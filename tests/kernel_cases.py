@@ -15,7 +15,7 @@ from vllm_flashprefill.kernels.fp8 import from_e4m3
 from vllm_flashprefill.kernels.schedule import Schedule, Sequence, schedule_sequences
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.workspace import Workspace
-from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, dequantise
+from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, block_share_ref, dequantise
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
 TIE = 0.01
@@ -190,6 +190,9 @@ def run_select(batch, config, scale):
             lists=lists,
             counts=counts,
             scores=scratch,
+            k=batch.k,
+            block_table=batch.block_table,
+            k_scale=batch.scales.get("k_scale"),
         )
         lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
         for n in range(slab.num_items):
@@ -208,16 +211,18 @@ def run_select(batch, config, scale):
 def reference_select(request, part, config, scale):
     """E, its mask and which entries are within rounding of the threshold, from the reference."""
     q, k, _ = part
-    score = block_score_ref(
-        q, block_mean_ref(k, 128), context_len=request.context_len, block_size=128, softmax_scale=scale
-    )
+    arguments = dict(context_len=request.context_len, block_size=128, softmax_scale=scale)
+    if config.row_share:
+        score = block_share_ref(q, k, block_mean_ref(k, 128), **arguments)
+    else:
+        score = block_score_ref(q, block_mean_ref(k, 128), **arguments)
     mask = block_select_ref(
         score,
         first_query_block=request.context_len // 128,
         num_prompt_blocks=-(-request.prompt_len // 128),
         config=config,
     )
-    threshold = config.alpha * score.amax(dim=-1, keepdim=True)
+    threshold = config.limit * (1 if config.row_share else score.amax(dim=-1, keepdim=True))
     return score.cpu(), mask.cpu(), ((score - threshold).abs() <= TIE * threshold).cpu()
 
 
@@ -266,9 +271,11 @@ def check_select(batch, config, scale):
     wrong = total = 0
     for request, part, mask, log2_score in zip(batch.requests, batch.parts, masks, scores, strict=True):
         score, expected, tie = reference_select(request, part, config, scale)
-        # The kernel's scores have no common factor with the reference's: compare as shares of the largest.
-        relative = score / score.amax(dim=-1, keepdim=True)
-        found = torch.exp2(log2_score - log2_score.nan_to_num(-math.inf).amax(dim=-1, keepdim=True))
+        relative, found = score, torch.exp2(log2_score)
+        if not config.row_share:
+            # The kernel's scores have no common factor with the reference's: compare as shares of the largest.
+            relative = score / score.amax(dim=-1, keepdim=True)
+            found = torch.exp2(log2_score - log2_score.nan_to_num(-math.inf).amax(dim=-1, keepdim=True))
         scored = ~log2_score.isnan() & ~relative.isnan() & ~found.isnan()
         assert ((found - relative).abs() <= 0.01 * relative + 1e-6)[scored].all()
         if config.alpha > 0:
@@ -276,7 +283,7 @@ def check_select(batch, config, scale):
             must = (i >= config.num_sink_blocks + config.num_window_blocks) & (
                 i < -(-request.prompt_len // 128) - config.num_dense_tail_blocks
             )
-            visible = must & (torch.arange(mask.shape[2])[None] <= i)
+            visible = must & (torch.arange(mask.shape[2])[None] <= i - int(config.row_share))
             assert scored[:, visible].all(), "every block that is not kept anyway has a score"
         differs = mask != expected
         assert not (differs & ~tie).any(), "selections differ where the score is not at the threshold"

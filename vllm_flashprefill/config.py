@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "qwen3_vl_moe": {"alpha": 0.22},
 }
 # A relative with another head size has a preset of its own or gets the default. The one for heads of 64 is
-# measured on SmolLM2-135M with scripts/calibrate.py; see docs/decisions.md.
+# measured on SmolLM2-135M with scripts/facts.py; see docs/decisions.md.
 PRESETS_BY_HEAD_SIZE: dict[int, dict[str, dict[str, float]]] = {
     64: {"llama": {"alpha": 0.01}},
     128: PRESETS,
@@ -61,6 +61,8 @@ class FlashPrefillConfig:
         num_dense_tail_blocks: last query blocks of a prompt that attend to everything.
         min_sparse_tokens: prompts shorter than this many tokens stay dense.
         num_dense_layers: this many first layers of the model stay dense.
+        min_share: if above 0, a key block is kept where the share of attention that the query block's rows are
+            expected to give it, on average, is at least this, and alpha, unless 0, has no say.
     """
 
     alpha: float = 0.05
@@ -68,18 +70,31 @@ class FlashPrefillConfig:
     num_sink_blocks: int = 2
     num_window_blocks: int = 4
     num_dense_tail_blocks: int = 2
-    min_sparse_tokens: int = 2048
+    min_sparse_tokens: int = 4096
     num_dense_layers: int = 0
+    min_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.alpha) or not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"flashprefill: alpha must be a number in [0, 1], not {self.alpha!r}")
+        for name in ("alpha", "min_share"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"flashprefill: {name} must be a number in [0, 1], not {value!r}")
         for name, least in _INTEGER_OPTIONS.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"flashprefill: {name} must be an integer of at least {least}, not {value!r}")
         if self.block_size != BLOCK_SIZE:
             raise ValueError(f"flashprefill: block_size must be {BLOCK_SIZE}, not {self.block_size}")
+
+    @property
+    def row_share(self) -> bool:
+        """Whether blocks are scored by rows' shares, with min_share, or as published, with alpha."""
+        return self.min_share > 0
+
+    @property
+    def limit(self) -> float:
+        """What keeps a block: this share with row_share, else this fraction of the best score; 0 keeps all."""
+        return self.min_share if self.row_share and self.alpha > 0 else self.alpha
 
     @classmethod
     def from_options(cls, *sources: Mapping[str, Any]) -> FlashPrefillConfig:

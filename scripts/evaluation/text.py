@@ -1,6 +1,7 @@
 """Long texts that every Python carries: the documentation inside the standard library, and its source code.
 
-scripts/calibrate.py, generate.py and the tests take theirs from `pydoc_data.topics`; nothing here does.
+What evaluate.py calibrates on, facts.py, generate.py and the tests take theirs from `pydoc_data.topics`, and the
+"code" of calibrate.py is of zipfile, tarfile and subprocess; nothing here is. Its "docs" are docstrings too.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pathlib import Path
 # Modules written in Python, by how much documentation they hold.
 DOCUMENTED = (
     "difflib doctest inspect statistics logging ipaddress smtplib http.cookiejar configparser email.message json "
-    "threading os http.server subprocess unittest.case optparse logging.handlers codecs urllib.parse socketserver pdb "
+    "threading os http.server unittest.case optparse logging.handlers codecs urllib.parse socketserver pdb "
     "shutil traceback urllib.request argparse xmlrpc.server ssl typing unittest.mock _pyio random heapq functools "
-    "collections contextlib fractions tempfile textwrap zipfile tarfile mailbox imaplib ftplib pickletools sched "
+    "collections contextlib fractions tempfile textwrap turtle mailbox imaplib ftplib pickletools sched "
     "string timeit trace calendar csv gettext getopt glob gzip hmac locale pathlib pprint queue selectors shelve "
     "signal socket tokenize types uuid warnings weakref zipapp"
 ).split()
-SOURCES = "_pydecimal tarfile mailbox pickletools imaplib optparse unittest.mock zipfile ipaddress statistics".split()
+SOURCES = "_pydecimal argparse mailbox pickletools imaplib optparse unittest.mock inspect ipaddress statistics".split()
 
 SHORTEST_DOCSTRING = 200
 

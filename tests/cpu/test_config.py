@@ -68,6 +68,10 @@ def test_presets_are_valid_options():
         ({"alpha": float("nan")}, "alpha must be a number in [0, 1], not nan"),
         ({"alpha": "0.1"}, "alpha must be a number in [0, 1], not '0.1'"),
         ({"alpha": True}, "alpha must be a number in [0, 1], not True"),
+        ({"min_share": 1.5}, "min_share must be a number in [0, 1], not 1.5"),
+        ({"min_share": -0.1}, "min_share must be a number in [0, 1], not -0.1"),
+        ({"min_share": None}, "min_share must be a number in [0, 1], not None"),
+        ({"alpha": 2, "min_share": 3}, "alpha must be a number in [0, 1], not 2"),
         ({"num_sink_blocks": -1}, "num_sink_blocks must be an integer of at least 0, not -1"),
         ({"num_window_blocks": 0}, "num_window_blocks must be an integer of at least 1, not 0"),
         ({"num_dense_layers": 2.0}, "num_dense_layers must be an integer of at least 0, not 2.0"),
@@ -92,6 +96,7 @@ def test_options_that_are_no_object():
         ({"FLASHPREFILL_ALHPA": "0.1"}, "unknown environment variable FLASHPREFILL_ALHPA; did you mean"),
         ({"FLASHPREFILL_ALPHA": "much"}, "FLASHPREFILL_ALPHA must be a number, not 'much'"),
         ({"FLASHPREFILL_NUM_SINK_BLOCKS": "1.5"}, "FLASHPREFILL_NUM_SINK_BLOCKS must be an integer, not '1.5'"),
+        ({"FLASHPREFILL_MIN_SHARE": "some"}, "FLASHPREFILL_MIN_SHARE must be a number, not 'some'"),
         ({"FLASHPREFILL_ALPHA": "7"}, "alpha must be a number in [0, 1], not 7.0"),
     ],
 )
@@ -99,6 +104,13 @@ def test_bad_variables_are_one_clear_error(environ, message):
     with pytest.raises(ValueError) as error:
         FlashPrefillConfig.from_env(environ)
     assert message in str(error.value)
+
+
+def test_min_share_takes_the_place_of_alpha_but_not_of_0():
+    assert not FlashPrefillConfig(alpha=0.2).row_share and FlashPrefillConfig(alpha=0.2).limit == 0.2
+    shares = FlashPrefillConfig.from_vllm(vllm_config(), {"FLASHPREFILL_MIN_SHARE": "0.001"})
+    assert shares.row_share and shares.limit == 0.001
+    assert FlashPrefillConfig(alpha=0.0, min_share=0.001).limit == 0
 
 
 def test_enabled_takes_0_and_1_only():

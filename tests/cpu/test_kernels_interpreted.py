@@ -24,6 +24,16 @@ GROUPS = {
         "slabs": (0.3, "requests=[Request(900)], slab_bytes=300"),
         "one_kv_head": (0.3, "requests=[Request(800)], heads=3, kv_heads=1, dim=128"),
     },
+    "row_share": {
+        "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
+        "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
+        "one_kv_head": (0.3, "requests=[Request(800), Request(520)], heads=3, kv_heads=1, dim=128"),
+        "e4m3": (
+            0.3, "page_size=128, requests=[Request(500, 240, 128), Request(129)], kv_dtype=torch.uint8, "
+            "kv_scales='head'"
+        ),
+        "alpha_0": (0.0, "page_size=16, requests=[Request(700, 57)]"),
+    },
     "e4m3": {
         "scales_of_heads": (
             0.3,
@@ -48,9 +58,10 @@ def run_interpreted(code):
 @needs_triton
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_stages_interpreted(group):
+    options = ", min_share=0.1" if group == "row_share" else ""
     cases = "\n".join(
         f"print({name!r}, flush=True)\n"
-        f"config = sparse_config(alpha={alpha})\n"
+        f"config = sparse_config(alpha={alpha}{options})\n"
         f"check_all(make_batch(config=config, {batch}), config, 0.125)"
         for name, (alpha, batch) in GROUPS[group].items()
     )

@@ -97,13 +97,13 @@ def free_engine():
     gc.collect()
 
 
-def run_engine(batches, *, env):
-    """Run batches through an engine core in its own process; see `engine_job`.
+def run_engine(batches, *, env, **changes):
+    """Run batches through an engine core in its own process; see `engine_job`. changes: of `engine_arguments`.
 
     Returns:
         ([{"answers", "stats"} of each batch], everything the processes wrote)
     """
-    job = {"engine": engine_arguments(max_model_len=4096), "batches": batches}
+    job = {"engine": engine_arguments(**{"max_model_len": 4096, **changes}), "batches": batches}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine_job.py")],
         cwd=ROOT,

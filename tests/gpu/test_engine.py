@@ -68,7 +68,10 @@ def run(folder, name, prompts, chunk, options):
     )
     if measures_free_memory():
         # A page of 16 tokens of SmolLM2-135M takes 360 KiB.
-        engine |= {"num_gpu_blocks_override": (10 << 20) // 360, "gpu_memory_utilization": 0.3}
+        # They start one after the other, so they do it without graphs.
+        engine |= {
+            "num_gpu_blocks_override": (10 << 20) // 360, "gpu_memory_utilization": 0.3, "enforce_eager": True,
+        }  # fmt: skip
     else:
         engine["kv_cache_memory_bytes"] = 10 << 30
     job, result = folder / f"{name}.job", folder / f"{name}.json"

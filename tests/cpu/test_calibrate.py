@@ -1,0 +1,130 @@
+"""scripts/calibrate.py: the search, and a run on a small model of random weights with a text of its own."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import calibrate
+from real_model import Attention, dense_attention
+
+from vllm_flashprefill import FlashPrefillConfig
+
+
+def curve(value):
+    """A result that depends on a value as real ones do: density falls and loss grows with it."""
+    density = 1 / (1 + (value / 0.02) ** 0.4)
+    return calibrate.Result(density=density, loss=0.05 * (1 - density) ** 2, agreement=1.0, perplexity=1.0)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.46, 0.95])
+def test_search_finds_a_density(density):
+    value, result = calibrate.search(curve, 1e-5, 1.0, density=density, passes=12)
+    assert abs(result.density - density) <= 0.005 and result == curve(value)
+
+
+@pytest.mark.parametrize("loss", [0.001, 0.01])
+def test_search_stays_under_a_loss(loss):
+    _, result = calibrate.search(curve, 1e-5, 1.0, loss=loss, passes=12)
+    assert 0.9 * loss <= result.loss <= loss
+
+
+def test_search_takes_the_largest_value_within_a_loss_that_is_never_reached():
+    value, _ = calibrate.search(curve, 1e-5, 1.0, loss=1.0, passes=12)
+    assert value > 0.9
+
+
+def test_search_says_what_it_came_to():
+    with pytest.raises(SystemExit, match="not reached in 5 passes; the last one tried"):
+        calibrate.search(curve, 1e-5, 1.0, density=0.01, passes=5)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {f"w{n}": n for n in range(100)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    picked = torch.randint(100, (2500,)).tolist()
+    (tmp_path / "text").write_text(" ".join(f"w{n}" for n in picked))
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", ["alpha", "min_share"])
+def test_a_preset_has_the_density_asked_for_and_loads(option, model_folder, monkeypatch, capsys):
+    out = model_folder / "preset.json"
+    arguments = ["--density", "0.88", "--length", "2300", "--text", str(model_folder / "text"), "--last", "64"]
+    arguments += [
+        "--option",
+        option,
+        "--options",
+        '{"num_dense_layers": 1, "min_sparse_tokens": 2048}',
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(model_folder), *arguments])
+    with torch.no_grad():
+        calibrate.main()
+    options = json.loads(out.read_text())["flashprefill"]
+    config = FlashPrefillConfig.from_options(options)
+    assert set(options) == {option, "num_dense_layers", "min_sparse_tokens"} and config.num_dense_layers == 1
+    assert config.row_share == (option == "min_share")
+    vllm_config = SimpleNamespace(model_config=None, additional_config=json.loads(out.read_text()))
+    assert FlashPrefillConfig.from_vllm(vllm_config, {}) == config
+    text = calibrate.Text(str(model_folder), str(model_folder / "text"), 2300, last=64, end=2000, device="cpu")
+    with torch.no_grad():
+        assert text.measure(None).loss == 0
+        result = text.measure(config)
+    assert abs(result.density - 0.88) <= 0.005
+    assert f"{result.density:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--density", "0.5", "--length", "1000"], "under 4096 tokens are dense"),
+        (["--density", "0.5", "--options", '{"alpha": 0.1}'], "others than alpha and min_share"),
+        (["--density", "0.5", "--options", '{"num_dense_layers": -1}'], "num_dense_layers must be an integer"),
+        (["--density", "0.5", "--loss", "0.1"], "not allowed with"),
+        (["--density", "0.5", "--last", "9000"], "fewer than --last 9000"),
+        ([], "is required"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", "nowhere", *arguments])
+    with pytest.raises(SystemExit):
+        calibrate.main()
+    assert message in capsys.readouterr().err
+
+
+def test_a_layer_with_a_sliding_window_stays_dense():
+    q, k, v = (torch.randn(1, heads, 1500, 16) for heads in (2, 1, 1))
+    attention = Attention(config=FlashPrefillConfig(alpha=1.0))
+    module = SimpleNamespace(layer_idx=0)
+    out, _ = attention(module, q, k, v, None, 0.25, sliding_window=100)
+    assert attention.density == 1.0
+    tokens = torch.arange(1500)
+    seen = (tokens <= tokens[:, None]) & (tokens > tokens[:, None] - 100)
+    logits = (0.25 * q @ k.transpose(2, 3)).masked_fill(~seen, -math.inf)
+    torch.testing.assert_close(out, (logits.softmax(dim=-1) @ v).transpose(1, 2), rtol=1e-4, atol=1e-5)
+    assert attention(module, q, k, v, None, 0.25)[0].shape == out.shape and attention.density < 1
+    with pytest.raises(NotImplementedError, match="softcap"):
+        dense_attention(q, k, v, 0.25, softcap=30.0)

@@ -1,0 +1,81 @@
+"""Two ranks of tensor parallelism, each with half of the heads, answer and select as one rank does."""
+
+import json
+
+import pytest
+from conftest import BARE, MODEL, assert_same, engine, run_engine, vllm_version
+
+if vllm_version() != "0.12.0":
+    pytest.skip("one version's workers are enough, and 0.12.0's is the quickest", allow_module_level=True)
+
+RANKS = 2
+LAYERS = 2
+# Random weights make all blocks score alike.
+SPARSE = {"alpha": 1.0, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """Llama's shape with 4 query and 2 KV heads, and random weights with which attention is peaked and matters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=json.loads((MODEL / "config.json").read_text())["vocab_size"],
+        hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "self_attn" in name:
+                weight *= 4
+            elif "embed_tokens" in name or "lm_head" in name:
+                weight *= 10
+    model.save_pretrained(folder)
+    return {"model": str(folder), "tokenizer": str(MODEL), "max_model_len": 4096}
+
+
+@pytest.fixture(scope="module")
+def batches(text_ids):
+    """One prompt, and a step of three that are cut into chunks beside decodes."""
+    return [
+        [(text_ids[:1500], 4)],
+        [(text_ids[5000 + start : 5000 + start + length], 8) for start, length in ((0, 60), (100, 1900), (3000, 900))],
+    ]
+
+
+def on_two_ranks(small_model, batches, options):
+    env = {f"FLASHPREFILL_{name.upper()}": str(value) for name, value in options.items()}
+    # The engine core stays in one process with its client, so that it has all prompts when it makes up the first step;
+    # the ranks are processes of their own. vLLM would bind each rank's threads to a NUMA node.
+    env |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    results, log = run_engine(batches, env=env, tensor_parallel_size=RANKS, **small_model)
+    return [(result["answers"], result["stats"]) for result in results], log
+
+
+def test_alpha_0_on_two_ranks_gives_the_default_backends_tokens(small_model, batches):
+    with engine(**small_model) as generate:
+        expected = [generate(batch)[0] for batch in batches]
+    results, _ = on_two_ranks(small_model, batches, {**SPARSE, "alpha": 0.0})
+    for (answers, stats), other in zip(results, expected, strict=True):
+        assert_same(answers, other)
+        assert stats["kept_blocks"] == stats["visible_blocks"] > 0
+    assert results[0][1]["sparse_tokens"] == RANKS * LAYERS * 1500
+
+
+def test_two_ranks_keep_the_blocks_that_one_keeps(small_model, batches):
+    with engine(SPARSE, **small_model) as generate:
+        expected = [generate(batch) for batch in batches]
+    results, _ = on_two_ranks(small_model, batches, SPARSE)
+    for (answers, stats), (other, other_stats) in zip(results, expected, strict=True):
+        assert_same(answers, other)
+        # Each rank counts its own heads' blocks.
+        assert stats["visible_blocks"] == other_stats.visible_blocks
+        assert stats["kept_blocks"] == pytest.approx(other_stats.kept_blocks, rel=1e-2)
+        assert stats["kept_blocks"] < 0.9 * stats["visible_blocks"]
+        assert stats["sparse_tokens"] == RANKS * other_stats.sparse_tokens
