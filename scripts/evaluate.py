@@ -102,8 +102,9 @@ class Run:
 
     def __init__(self, mode: str, job: dict[str, Any], prompts: Path, out: Path, fresh: bool) -> None:
         self.mode, self.path, self.process = mode, out.with_suffix(f".{mode}.json"), None
-        ignored = {} if mode == "sparse" else {"options": {}, "alphas": [], "target_density": None, "calibration": []}
-        asked = json.dumps({**job, **ignored, "mode": mode}).encode()
+        sparse_only = ("options", "settings", "target_density", "target_options", "calibration")
+        ignored = dict.fromkeys(sparse_only if mode == "dense" else ())
+        asked = json.dumps({**job, **ignored, "mode": mode}, sort_keys=True).encode()
         same = hashlib.sha256(asked + prompts.read_bytes()).hexdigest()[:16]
         if mode == "dense" and not fresh and self.path.exists():
             if json.loads(self.path.read_text()).get("job") == same:
@@ -149,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    def alphas(text: str) -> list[float | None]:
+    def values(text: str) -> list[float | None]:
         return [None if part == "default" else float(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,12 +164,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=20, help="records of each file (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="put --data prompts into the model's chat template")
     parser.add_argument(
-        "--alpha", type=alphas, default=[None], help="one or more, such as default,0.02; default: the model's preset"
+        "--alpha", type=values, default=[None], help="one or more, such as default,0.02; default: the model's preset"
     )
+    parser.add_argument("--min-share", type=values, default=[], help="also these values of min_share")
     parser.add_argument(
         "--target-density",
         type=float,
         help="also the alpha that keeps this share of blocks of a calibration text of the greatest length",
+    )
+    parser.add_argument(
+        "--target-options",
+        default="alpha",
+        help="what is chosen for --target-density: alpha (default), min_share or both",
     )
     parser.add_argument("--min-sparse-tokens", type=int, help="default: the package's")
     parser.add_argument("--seed", type=int, default=0)
@@ -187,6 +194,9 @@ def parse_arguments() -> argparse.Namespace:
         options.samples *= len(options.lengths)
     if len(options.samples) != len(options.lengths):
         parser.error("--samples takes one number, or as many as there are --lengths")
+    options.target_options = options.target_options.split(",")
+    if not {"alpha", "min_share"}.issuperset(options.target_options):
+        parser.error("--target-options: alpha, min_share or alpha,min_share")
     options.tasks = [task for task in options.tasks.split(",") if task]
     unknown = [task for task in options.tasks if task not in TASKS]
     if unknown:
@@ -230,7 +240,8 @@ def main() -> None:
     job = {
         "model": options.model,
         "options": {name: value for name, value in flash_options.items() if value is not None},
-        "alphas": options.alpha,
+        "settings": [("alpha", value) for value in options.alpha] + [("min_share", v) for v in options.min_share],
+        "target_options": options.target_options,
         "target_density": options.target_density,
         "calibration": calibration,
         "eager": not options.graphs,
@@ -258,7 +269,7 @@ def main() -> None:
         "target_density": options.target_density,
         "left_out": left_out,
         "settings": {setting["name"]: setting["config"] for setting in settings},
-        "calibrated": next((setting["name"] for setting in settings if setting.get("calibrated")), None),
+        "calibrated": [setting["name"] for setting in settings if setting.get("calibrated")],
         "counts": {setting["name"]: setting["counts"] for setting in settings},
         "lengths": report.length_rows(rows, settings),
         "summary": report.summarise(rows),

@@ -2,7 +2,7 @@
 
     python engine.py JOB PROMPTS RESULT
 
-All are JSON objects. A sparse engine goes through the prompts once for each setting: alpha is changed while it runs.
+All are JSON objects. A sparse engine goes through the prompts once for each setting: options are changed while it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 COUNTS_ARRIVE_SECONDS = 0.1
 # Tokens of a step with prompt log-probabilities: each takes a few logits of the whole vocabulary.
 TEXT_STEP = 2048
-LEAST_ALPHA, ALPHA_STEPS = 1e-4, 10
+# Where the value of a density is looked for, and how often it is halved.
+LEAST, HALVINGS = {"alpha": 1e-4, "min_share": 1e-7}, 10
 
 
 def start(job: dict[str, Any]) -> Any:
@@ -95,10 +96,10 @@ class Engine:
         core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
         self.scheduler = getattr(core, "scheduler", None)
 
-    def use(self, alpha: float) -> None:
-        if not all(self.llm.collective_rpc(configure, args=({"alpha": alpha},))):
-            sys.exit("error: no layer of this engine is FlashPrefill's, so alpha cannot be changed")
-        self.setting = f"alpha {alpha!r}"
+    def use(self, options: dict[str, Any]) -> None:
+        if not all(self.llm.collective_rpc(configure, args=(options,))):
+            sys.exit("error: no layer of this engine is FlashPrefill's, so its options cannot be changed")
+        self.setting = json.dumps(options)
 
     def generate(self, prompts: list[dict[str, Any]], **params: Any) -> list[Any]:
         """What vLLM returns, for all prompts at once. Nothing is cached across settings or groups of prompts."""
@@ -165,26 +166,31 @@ class Engine:
             result[kind] = [found[place] for place in range(len(prompts))]
         return result
 
-    def alpha_for(self, density: float) -> float:
-        """The alpha that keeps this share of blocks on the calibration texts, by bisection of its logarithm."""
-        low, high = math.log(LEAST_ALPHA), 0.0
-        for step in range(ALPHA_STEPS):
+    def options_for(self, density: float, name: str) -> dict[str, Any]:
+        """Alpha or min_share that keeps this share of blocks of the calibration texts, by halving its logarithm."""
+        low, high = math.log(LEAST[name]), 0.0
+        for step in range(HALVINGS):
             middle = (low + high) / 2
-            alpha = float(f"{math.exp(middle):.3g}")
-            self.use(alpha)
+            options = options_of(name, float(f"{math.exp(middle):.3g}"))
+            self.use(options)
             texts = [
                 {"tokens": tokens, "group": f"calibration {step}/{number}"}
                 for number, tokens in enumerate(self.job["calibration"])
             ]
             _, counts = self.counted(lambda texts=texts: self.generate(texts))
             if not counts["visible_blocks"]:
-                sys.exit("error: nothing of the calibration texts is sparse, so no alpha gives a density")
+                sys.exit("error: nothing of the calibration texts is sparse, so no value gives a density")
             found = counts["kept_blocks"] / counts["visible_blocks"]
-            print(f"calibration: alpha {alpha:g}, density {found:.2%}", flush=True)
+            print(f"calibration: {name} {options[name]:g}, density {found:.2%}", flush=True)
             low, high = (middle, high) if found > density else (low, middle)
             if abs(found / density - 1) < 0.01:
                 break
-        return alpha
+        return options
+
+
+def options_of(name: str, value: float) -> dict[str, Any]:
+    """Blocks are chosen by alpha alone where min_share is 0, else by min_share alone."""
+    return {"alpha": value, "min_share": 0.0} if name == "alpha" else {name: value}
 
 
 def main(job_path: str, prompts_path: str, result_path: str) -> None:
@@ -198,19 +204,23 @@ def main(job_path: str, prompts_path: str, result_path: str) -> None:
         from vllm_flashprefill.config import FlashPrefillConfig
 
         config = FlashPrefillConfig.from_vllm(engine.llm.llm_engine.vllm_config)
-        several = job["target_density"] or job["alphas"] != [None]
-        alphas = [config.alpha if alpha is None else alpha for alpha in job["alphas"]]
-        chosen = engine.alpha_for(job["target_density"]) if job["target_density"] else None
-        for alpha in dict.fromkeys([*alphas, *([chosen] if chosen is not None else [])]):
-            if several:
-                engine.use(alpha)
-            else:
-                engine.setting = f"alpha {alpha!r}"
+        asked = [None if value is None else options_of(name, value) for name, value in job["settings"]]
+        chosen = []
+        if job["target_density"]:
+            chosen = [engine.options_for(job["target_density"], name) for name in job["target_options"]]
+        ran = []
+        for options in [*asked, *chosen]:
+            here = dataclasses.replace(config, **(options or {}))
+            if here in ran:
+                continue
+            if here != config or chosen or ran:
+                engine.use({name: getattr(here, name) for name in LEAST})
+            ran.append(here)
             settings.append(
                 {
-                    "name": f"alpha {alpha:g}",
-                    "calibrated": alpha == chosen,
-                    "config": dataclasses.asdict(dataclasses.replace(config, alpha=alpha)),
+                    "name": f"min_share {here.min_share:g}" if here.row_share else f"alpha {here.alpha:g}",
+                    "calibrated": options in chosen,
+                    "config": dataclasses.asdict(here),
                     **engine.run_all(),
                 }
             )
