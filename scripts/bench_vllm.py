@@ -248,7 +248,9 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
     engine = Engine(model, max(args.tokens) + 1024, args.eager)
     results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
     if sparse:
-        engine.configure(alpha=0.0)
+        defaults = engine.impls[0].flashprefill_config
+        engine.configure(alpha=0.0, min_sparse_tokens=0)
+        before = vllm_flashprefill.stats()
     results["check"] = engine.first_logprobs()
     if not sparse:
         # What other chunks change in vLLM's own result is the noise.
@@ -256,8 +258,11 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         results["noise"] = engine.first_logprobs()
         engine.chunk = engine.max_model_len
     if sparse:
-        engine.configure(alpha=0.1)
-        results["min_sparse_tokens"] = engine.impls[0].flashprefill_config.min_sparse_tokens
+        time.sleep(0.1)
+        if (vllm_flashprefill.stats() - before).visible_blocks == 0:
+            sys.exit("error: no layer of the check was sparse")
+        engine.configure(alpha=0.1, min_sparse_tokens=defaults.min_sparse_tokens)
+        results["min_sparse_tokens"] = defaults.min_sparse_tokens
         pipeline.block_select = FixedDensity()
 
     def timed(case: str, run) -> None:
@@ -266,7 +271,9 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         if sparse:
             time.sleep(0.1)
             results[case]["density"] = (vllm_flashprefill.stats() - before).density
-        out.write_text(json.dumps(results))
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(results))
+        part.replace(out)
         print(f"  {backend} {case}: {results[case]['ms']:.3f} ms", flush=True)
 
     for tokens in args.tokens:
@@ -396,6 +403,8 @@ def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Na
         append_row(args.csv, row)
         print({key: row[key] for key in list(row)[6:]}, flush=True)
     print(f"engine start: default {default['start_s']} s, FlashPrefill {flash['start_s']} s")
+    if check == "failed":
+        sys.exit("error: at alpha 0 FlashPrefill and the default backend disagree")
 
 
 def _rounded(result: dict[str, float] | None) -> float | None:

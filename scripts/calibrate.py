@@ -28,8 +28,8 @@ from vllm_flashprefill.config import ADDITIONAL_CONFIG_KEY, FlashPrefillConfig
 
 # Values searched, from keeping next to everything to next to nothing.
 RANGE = {"alpha": (1e-5, 1.0), "min_share": (1e-7, 1.0)}
-# How far a density may be from the target, and how much of it a loss may fall short.
-DENSITY_TOLERANCE, LOSS_SHORT = 0.005, 0.1
+# How far a density may be from the target, and how far a loss may fall short of it, as shares of the target.
+DENSITY_TOLERANCE, LOSS_SHORT = 0.01, 0.1
 BAR = "{percentage:3.0f}% {bar} {elapsed}, at most {remaining} more"
 
 
@@ -114,7 +114,7 @@ def search(
         value = float(f"{math.exp(left + share * (right - left)):.4g}")
         result = measure(value)
         if density is not None:
-            more, tolerance = result.density - density, DENSITY_TOLERANCE
+            more, tolerance = result.density - density, DENSITY_TOLERANCE * density
         else:
             more, tolerance = (1 - LOSS_SHORT / 2) * loss - result.loss, LOSS_SHORT / 2 * loss
             if result.loss <= loss and (best is None or value > best[0]):
@@ -138,7 +138,7 @@ def main() -> None:
     )
     parser.add_argument("model", help="model folder or GGUF file")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--density", type=float, help="share of blocks to keep, within half a percent")
+    target.add_argument("--density", type=float, help="share of blocks to keep, within a hundredth of it")
     target.add_argument("--loss", type=float, help="most that next tokens may diverge from dense attention's, in nats")
     parser.add_argument("--text", default="docs", help='a file; or "docs", "code" of Python itself (default: docs)')
     parser.add_argument("--start", type=int, default=0, help="tokens of the text to leave out (default: %(default)s)")

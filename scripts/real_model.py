@@ -62,7 +62,7 @@ def load_model(name: str, attention: Callable[..., Any], device: str = "cpu") ->
     where: dict[str, str] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = str(path.parent if where else path)
     tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **where).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, **where).eval().to(device)
     # A name that transformers does not know gets no masks.
     ALL_ATTENTION_FUNCTIONS["measured"] = attention
     model.set_attn_implementation("measured")

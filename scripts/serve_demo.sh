@@ -9,7 +9,12 @@
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 1; }
-has_vllm() { "$1" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("vllm"))' 2>/dev/null; }
+# vLLM, and this package as its plugin.
+has_both() {
+    "$1" -c 'import importlib, importlib.metadata as metadata, sys
+sys.exit(not (importlib.util.find_spec("vllm") and metadata.entry_points(group="vllm.general_plugins", name="flashprefill")))' \
+        2>/dev/null
+}
 
 command -v curl >/dev/null || fail "no curl on the PATH"
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -20,9 +25,9 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then model=$1; shift; fi
 
 python=
 for candidate in ${PYTHON:+"$PYTHON"} python3 "$root/.venv-0.24.0/bin/python" "$root/.venv/bin/python"; do
-    if has_vllm "$candidate"; then python=$candidate; break; fi
+    if has_both "$candidate"; then python=$candidate; break; fi
 done
-[ -n "$python" ] || fail "no Python with vLLM; 'make demo' sets one up, or set PYTHON"
+[ -n "$python" ] || fail "no Python with vLLM and this package; 'make demo' sets one up, or set PYTHON"
 
 if [ "$model" = "$root/models/SmolLM2-135M-Instruct" ] && ! [ -f "$model/config.json" ]; then
     "$python" "$root/scripts/fetch_model.py"
@@ -100,11 +105,14 @@ try:
 except urllib.error.HTTPError as error:
     sys.exit(f"error: {error}: {error.read().decode()}")
 print(f"\n{usage['prompt_tokens']} tokens of text, in it: {fact}\n{question}")
-print(f"{model.rpartition('/')[2]}:{answer.splitlines()[0]}")
-print(f"time to first token: {first:.2f} s\n")
-for line in urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines():
-    if line.startswith("vllm:flashprefill") and not line.endswith(" 0.0"):
-        print(line)
+print(f"{model.rpartition('/')[2]}:{(answer.splitlines() or ['(nothing)'])[0]}")
+if first is not None:
+    print(f"time to first token: {first:.2f} s\n")
+metrics = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
+shown = [line for line in metrics if line.startswith("vllm:flashprefill") and not line.endswith(" 0.0")]
+print("\n".join(shown))
+if not any(line.startswith("vllm:flashprefill_sparse_tokens") for line in shown):
+    sys.exit("nothing was sparse: prompts under min_sparse_tokens (4,096) are not, nor are some models' layers")
 END
 
 if $keep; then

@@ -7,7 +7,7 @@ or the server logged an error; appends a row to a CSV in any case.
 
     python scripts/soak.py                                      SmolLM2-135M on this machine's GPU
     python scripts/soak.py --model PATH --longest 100000 -- --tensor-parallel-size 2
-    python scripts/soak.py --requests 50 --concurrency 8 --longest 3000 -- --enforce-eager     a CPU engine
+    python scripts/soak.py --requests 50 --concurrency 8 --longest 6000 -- --enforce-eager     a CPU engine
 """
 
 from __future__ import annotations
@@ -314,6 +314,7 @@ async def soak(url: str, args: argparse.Namespace, server: subprocess.Popen, log
         gpu_after_mb=gpu_after,
         host_before_mb=host_before,
         host_after_mb=host_after,
+        answer=None,
         **metrics_of_flashprefill(found.get("metrics", {})),
     )
     if run.failed:
@@ -334,6 +335,7 @@ def wrong_at_end(found: dict[str, Any], row: dict[str, Any]) -> list[str]:
         if before is not None and after > before + slack:
             wrong.append(f"{kind} memory grew from {before} to {after} MB")
     first, again, last = found["answers"]
+    row["answer"] = "not compared" if first != again else "same" if first == last else "changed"
     if first != again:
         print(f"the answer is not compared: the idle server gave {first!r}, and at once {again!r}")
     elif first != last:

@@ -185,6 +185,8 @@ class Engine:
             low, high = (middle, high) if found > density else (low, middle)
             if abs(found / density - 1) < 0.01:
                 break
+        if abs(found / density - 1) > 0.05:
+            print(f"calibration: no {name} gives {density:.2%}; the nearest tried gives {found:.2%}", flush=True)
         return options
 
 

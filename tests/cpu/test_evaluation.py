@@ -253,9 +253,10 @@ def test_prompts_of_data_sets_fit_the_model(tmp_path, tokenizer):
     write(tmp_path / "vt.jsonl", {"input": "x " * 30, "outputs": ["A"]}, {"input": "x " * 300, "outputs": ["A"]})
     write(tmp_path / "passkey.jsonl", {"context": "y " * 300, "input": "What?", "answer": "12"})
     options = SimpleNamespace(data=[tmp_path], limit=5, chat=False, lengths=[50, 100])
-    samples, left_out = evaluate.data_samples(tokenizer, options, 100)
+    samples, left_out, shortened = evaluate.data_samples(tokenizer, options, 100)
     cut, whole = samples
     assert left_out == {"vt": 1}
+    assert shortened == {"passkey": 1}
     assert (cut.task, len(cut.tokens), cut.length) == ("passkey", 94, 100)
     assert tokenizer.decode(cut.tokens).endswith("What?\nAnswer:")
     assert (whole.task, whole.max_tokens, whole.length) == ("vt", 30, 50)
@@ -268,7 +269,8 @@ if job["options"].get("fails"):
     sys.exit("it fails")
 assert json.load(open(sys.argv[2])).keys() == {"samples", "texts"}
 with open(sys.argv[3], "w") as result:
-    json.dump({"job": job["job"], "what_ran": {}, "settings": job["settings"]}, result)
+    what_ran = {"device": job["mode"] if job["options"].get("differs") else "one"}
+    json.dump({"job": job["job"], "what_ran": what_ran, "settings": job["settings"]}, result)
 with open(__file__ + ".runs", "a") as runs:
     print(job["mode"], file=runs)
 """
@@ -304,9 +306,14 @@ def test_a_dense_run_of_the_same_prompts_is_not_repeated(engine, tmp_path, paral
 
 
 def test_an_engine_that_fails_is_an_error(engine, tmp_path):
+    evaluate.run_both(JOB, PROMPTS, tmp_path / "out.json", False, False)
     with pytest.raises(SystemExit, match="the sparse run failed"):
-        evaluate.run_both(JOB, PROMPTS, tmp_path / "out.json", False, False)
         evaluate.run_both({**JOB, "options": {"fails": True}}, PROMPTS, tmp_path / "out.json", False, True)
+
+
+def test_engines_that_differ_are_not_compared(engine, tmp_path):
+    with pytest.raises(SystemExit, match=r"dense ran as .*'dense'.*, sparse as .*'sparse'"):
+        evaluate.run_both({**JOB, "options": {"differs": True}}, PROMPTS, tmp_path / "out.json", False, False)
 
 
 def test_calibration_text_is_neither_the_facts_nor_the_test_text(tokenizer, maker, prose):

@@ -27,6 +27,7 @@ class Kind:
         library: a part of vLLM's that it needs, as a pattern of files in vLLM's folder.
         noise: mean difference of log-probabilities that is put down to rounding; one may differ by ten times as much.
         drafts: whether tokens are drafted, so that steps hold more tokens than are answered.
+        refused: what vLLM alone says where it does not run this kind.
     """
 
     config: Callable
@@ -38,6 +39,7 @@ class Kind:
     library: str | None = None
     noise: float = 0.03
     drafts: bool = False
+    refused: str | None = None
 
 
 def llama():
@@ -171,7 +173,12 @@ KINDS = {
     "mistral": Kind(mistral, dense_layers={"sliding_window": 3}),
     "gemma2": Kind(gemma2, dense_layers={"sliding_window": 2, "logits_soft_cap": 2}),
     "gemma3": Kind(gemma3, 2, {"sliding_window": 2}, noise=0.08),
-    "bloom": Kind(bloom, dense_layers={"alibi": 2}, library="vllm_flash_attn/_vllm_fa2_C*"),
+    "bloom": Kind(
+        bloom,
+        dense_layers={"alibi": 2},
+        library="vllm_flash_attn/_vllm_fa2_C*",
+        refused="FA2 does not support scheduler_metadata",
+    ),
     "gpt_oss": Kind(gpt_oss, dense_layers={"sliding_window": 2, "attention_sinks": 2}, library="_moe_C*"),
     "qwen3_moe": Kind(qwen3_moe, 2, library="_moe_C*", noise=0.08),
     "qwen2_5_vl": Kind(qwen2_5_vl, 3, engine=ONE_IMAGE, tokenizer=True, images={1: 336}),

@@ -1,6 +1,6 @@
 """Engines of small models of each kind: vLLM's own beside FlashPrefill at alpha 0, on the same prompts.
 
-A kind whose parts of vLLM are not installed, or that vLLM alone does not run here, is skipped with the reason.
+A kind whose parts of vLLM are not installed, or that vLLM alone is known to refuse, is skipped with the reason.
 """
 
 import importlib.metadata
@@ -17,6 +17,8 @@ import torch
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
+if not importlib.metadata.version("vllm").startswith("0.24."):
+    pytest.skip("the kinds are written as vLLM 0.24.0 reads them", allow_module_level=True)
 pytest.importorskip("transformers")
 
 from model_job import RESULT
@@ -117,7 +119,8 @@ def test_alpha_0_is_vllms_own(name, tmp_path, plugin_path):
     try:
         expected, _ = run(job, plugin_path, {})
     except Failed as failure:
-        print(failure)
+        if kind.refused is None or kind.refused not in str(failure):
+            raise
         pytest.skip(f"vLLM alone does not run it here: {last_error(str(failure))}")
     result, log = run(job, plugin_path, OPTIONS)
     assert "FlashPrefill is registered" in log

@@ -78,12 +78,14 @@ def compile_kernels(
 ) -> None:
     """Run the kernels once for each kind of layer, so that no request waits for a compiler.
 
-    Lengths, alpha and the batch are arguments of the kernels at run time; what they are compiled for is here.
+    Lengths, thresholds and the batch are arguments of the kernels at run time; what they are compiled for is here.
     """
     if page_size % PAGE_SIZE_MULTIPLE or dtype not in DTYPES:
         return
     for impl in impls:
-        kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtype, device)
+        config = impl.flashprefill_config
+        constants = config.row_share, config.num_sink_blocks, config.num_window_blocks
+        kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtype, device, constants)
         if not impl.may_be_sparse or kind in _compiled:
             continue
         _compiled.add(kind)
@@ -99,7 +101,7 @@ def compile_kernels(
             v_cache,
             torch.arange(num_pages, dtype=torch.int32, device=device)[None],
             StepPlan((SparseRequest(0, 0, length, 0, length),), np.empty(0, dtype=np.int64), {}),
-            config=impl.flashprefill_config,
+            config=config,
             softmax_scale=impl.scale,
             out=torch.empty_like(q),
             block_counts=torch.zeros(2, dtype=torch.int64, device=device),

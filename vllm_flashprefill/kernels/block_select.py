@@ -262,8 +262,10 @@ def block_select(
             blocks come first in ascending order, the last being i.
         counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
-            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests).
-        k, block_table, k_scale: as of `block_mean`, for row_share alone.
+            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with row_share the
+            log2 of its shares, and nothing for the query's own block.
+        k: [batch, tokens, G, D] or with a block table the cache [num_pages, page_size, G, D]; for row_share alone, as
+            are block_table, [rows, max pages] int32, and k_scale, float32 of one element or [G].
         block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.
     """
