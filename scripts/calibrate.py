@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,12 @@ def search(
     return best
 
 
+def say(line: str) -> None:
+    """Print a line above the bar, at once where the output is a file too."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 def options_json(config: FlashPrefillConfig, names: list[str]) -> str:
     """Options as vLLM's --additional-config takes them; what is under its one key is for `from_options`."""
     return json.dumps({ADDITIONAL_CONFIG_KEY: {name: getattr(config, name) for name in names}})
@@ -177,10 +184,10 @@ def main() -> None:
         def measure(value: float) -> Result:
             tried = dataclasses.replace(config, **{options.option: value})
             result = text.measure(tried, bar)
-            bar.write(f"{options.option} {value:.4g}: {result}")
+            say(f"{options.option} {value:.4g}: {result}")
             return result
 
-        bar.write(f"dense: perplexity {text.measure(None, bar).perplexity:.4f}")
+        say(f"dense: perplexity {text.measure(None, bar).perplexity:.4f}")
         value, result = search(
             measure, *RANGE[options.option], density=options.density, loss=options.loss, passes=options.passes
         )
