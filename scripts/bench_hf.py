@@ -23,6 +23,7 @@ import transformers
 from generate import MODEL, make_prompts
 from kernel_data import DENSITY
 from results_csv import append_row, commit_name
+from shapes import LLAMA_8B
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_flashprefill import hf
@@ -30,16 +31,6 @@ from vllm_flashprefill.api import flash_prefill
 from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
 
 TOKENS = {"smollm2": [2048, 4096, 8192], "llama-8b": [4096, 8192, 16384, 32768, 65536, 131072]}
-LLAMA_8B = dict(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-)
 CHECK_TOKENS = 2361
 # A forward that takes longer is timed once, without a warm-up of its own.
 PATIENCE_S = 6.0

@@ -16,7 +16,6 @@ left out altogether.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 import os
@@ -30,19 +29,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from evaluation.engine import configure
 from results_csv import append_row, commit_name
+from shapes import LLAMA_8B
 
-LLAMA_8B = dict(
+CONFIG = dict(
+    LLAMA_8B,
     architectures=["LlamaForCausalLM"],
     model_type="llama",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    max_position_embeddings=131072,
     rope_theta=500000.0,
     rms_norm_eps=1e-5,
     bos_token_id=0,
@@ -87,7 +81,7 @@ class Engine:
             disable_log_stats=True,
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
-        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.worker = self.core.model_executor.driver_worker.worker
         self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
         self.max_model_len = self.chunk = max_model_len
         self._randomise()
@@ -96,7 +90,7 @@ class Engine:
         """vLLM's dummy weights are so small that attention makes no difference."""
         import torch
 
-        weights = dict(self.runner.model.named_parameters())
+        weights = dict(self.worker.model_runner.model.named_parameters())
         generator = torch.Generator(next(iter(weights.values())).device).manual_seed(0)
         for name, weight in weights.items():
             if "norm" in name:
@@ -110,17 +104,9 @@ class Engine:
         layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
         return [layer.impl for layer in layers if hasattr(layer, "impl")]
 
-    @property
-    def builders(self) -> list[Any]:
-        if not hasattr(self.runner, "attn_groups"):  # vLLM 0.10.0
-            return self.runner.attn_metadata_builders
-        groups = [group for groups in self.runner.attn_groups for group in groups]
-        return [builder for group in groups for builder in group.metadata_builders]
-
     def configure(self, **options: Any) -> None:
         """Change FlashPrefill's options of the running engine."""
-        for owner in (*self.impls, *self.builders):
-            owner.flashprefill_config = dataclasses.replace(owner.flashprefill_config, **options)
+        configure(self.worker, options)
 
     def generate(self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None) -> list[Any]:
         from vllm import SamplingParams
@@ -347,7 +333,7 @@ def main() -> None:
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        config = {**LLAMA_8B, "num_hidden_layers": args.layers}
+        config = {**CONFIG, "num_hidden_layers": args.layers}
         Path(folder, "config.json").write_text(json.dumps(config))
         write_tokenizer(folder, config["vocab_size"])
         environment = {

@@ -65,6 +65,27 @@ class Text:
         self.parts = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
         self.dense: torch.Tensor | None = None
 
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser, *, length: int) -> None:
+        """What `of_arguments` reads beside `model`, `length` tokens being the default."""
+        parser.add_argument("--text", default="docs", help='a file; or "docs", "code" of Python itself (default: docs)')
+        parser.add_argument("--start", type=int, default=0, help="tokens of it to leave out (default: %(default)s)")
+        parser.add_argument("--length", type=int, default=length, help="tokens to take (default: %(default)s)")
+        parser.add_argument("--last", type=int, default=512, help="tokens to judge (default: %(default)s)")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
+
+    @classmethod
+    def of_arguments(cls, options: argparse.Namespace, *, end: int) -> Text:
+        return cls(
+            options.model,
+            options.text,
+            options.length,
+            start=options.start,
+            last=options.last,
+            end=end,
+            device=options.device,
+        )
+
     def measure(self, config: FlashPrefillConfig | None, bar: tqdm | None = None) -> Result:
         """What the model makes of the text with a config, None for dense attention, which has to come first."""
         self.attention.use(config)
@@ -147,14 +168,10 @@ def main() -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--density", type=float, help="share of blocks to keep, within a hundredth of it")
     target.add_argument("--loss", type=float, help="most that next tokens may diverge from dense attention's, in nats")
-    parser.add_argument("--text", default="docs", help='a file; or "docs", "code" of Python itself (default: docs)')
-    parser.add_argument("--start", type=int, default=0, help="tokens of the text to leave out (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=8000, help="tokens to take (default: %(default)s)")
-    parser.add_argument("--last", type=int, default=512, help="tokens to judge (default: %(default)s)")
+    Text.add_arguments(parser, length=8000)
     parser.add_argument("--option", choices=RANGE, default="alpha", help="what to find (default: %(default)s)")
     parser.add_argument("--options", type=json.loads, default={}, help="other options, as a JSON object")
     parser.add_argument("--passes", type=int, default=12, help="values to try at most (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
     parser.add_argument("--out", type=Path, help="file to write the options to")
     options = parser.parse_args()
     if RANGE.keys() & options.options:
@@ -170,15 +187,7 @@ def main() -> None:
     if end <= options.last:
         parser.error(f"only {end} tokens come before the dense tail, fewer than --last {options.last} and one")
 
-    text = Text(
-        options.model,
-        options.text,
-        options.length,
-        start=options.start,
-        last=options.last,
-        end=end,
-        device=options.device,
-    )
+    text = Text.of_arguments(options, end=end)
     with tqdm(total=(options.passes + 1) * len(text.parts), bar_format=BAR, disable=None) as bar:
 
         def measure(value: float) -> Result:

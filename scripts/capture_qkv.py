@@ -12,7 +12,8 @@ import argparse
 from typing import Any
 
 import torch
-from real_model import MODEL, dense_attention, encode_text, load_model
+from generate import MODEL
+from real_model import dense_attention, encode_text, load_model
 
 
 class Capture:

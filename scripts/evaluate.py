@@ -29,10 +29,9 @@ from typing import Any
 from evaluation import readers, report
 from evaluation.tasks import TASKS, Maker, Sample, bos_tokens, make_samples
 from evaluation.text import Stream, code
+from generate import MODEL, documentation
 from results_csv import commit_name
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 ENGINE = Path(__file__).with_name("evaluation") / "engine.py"
 
 
@@ -88,11 +87,7 @@ def make_texts(maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]
 
 def calibration_texts(tokenizer: Any, length: int, count: int = 3) -> list[list[int]]:
     """What alpha is chosen on: other text than the tasks and the texts to predict have."""
-    import pydoc_data.topics
-
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    stream = Stream(lambda text: tokenizer.encode(text, add_special_tokens=False), text)
+    stream = Stream(lambda text: tokenizer.encode(text, add_special_tokens=False), documentation())
     bos = bos_tokens(tokenizer)
     starts = [len(stream.tokens) * index // count for index in range(count)]
     return [bos + stream.take(start, length - len(bos)) for start in starts]

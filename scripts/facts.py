@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import pydoc_data.topics
 
 import torch
-from real_model import MODEL, Attention, load_model
+from generate import MODEL, documentation
+from real_model import Attention, load_model
 
 from vllm_flashprefill.config import FlashPrefillConfig
 
@@ -81,8 +81,7 @@ def main() -> None:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    topics = pydoc_data.topics.topics
-    filler = encode("\n\n".join(topics[name] for name in sorted(topics)))
+    filler = encode(documentation())
     changes: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
     for index in options.texts:
         text, questions = make_text(encode, filler, index, options.length)

@@ -45,12 +45,17 @@ class Answer:
     seconds: float
 
 
-def make_prompts(tokenizer, lengths: list[int]) -> list[Prompt]:
-    """Prompts of exactly these lengths in tokens, each with another fact at another depth."""
+def documentation() -> str:
+    """The documentation that every Python carries, some half a million characters."""
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def make_prompts(tokenizer, lengths: list[int]) -> list[Prompt]:
+    """Prompts of exactly these lengths in tokens, each with another fact at another depth."""
+    text = documentation()
     while len(text) < 8 * sum(lengths):
         text += text
     # No tokenizer packs this text into fewer than one token per 8 characters on average.

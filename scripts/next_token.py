@@ -14,7 +14,7 @@ import json
 
 import torch
 from calibrate import Text
-from real_model import MODEL
+from generate import MODEL
 
 from vllm_flashprefill.config import FlashPrefillConfig
 
@@ -23,26 +23,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("settings", nargs="+", help="options as JSON objects")
     parser.add_argument("--model", default=str(MODEL), help="model folder or GGUF file (default: %(default)s)")
-    parser.add_argument("--text", default="docs", help='a file; or "docs", "code" of Python itself (default: docs)')
-    parser.add_argument("--start", type=int, default=0, help="tokens of the text to leave out (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=7500, help="tokens (default: %(default)s)")
-    parser.add_argument("--last", type=int, default=512, help="tokens to judge (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
+    Text.add_arguments(parser, length=7500)
     options = parser.parse_args()
     settings = {
         text: FlashPrefillConfig.from_options(json.loads(text), {"num_dense_tail_blocks": 0})
         for text in options.settings
     }
 
-    text = Text(
-        options.model,
-        options.text,
-        options.length,
-        start=options.start,
-        last=options.last,
-        end=options.length,
-        device=options.device,
-    )
+    text = Text.of_arguments(options, end=options.length)
     print(f"dense: perplexity {text.measure(None).perplexity:.4f}", flush=True)
     for name, config in settings.items():
         print(f"{name}: {text.measure(config)}", flush=True)

@@ -17,7 +17,6 @@ from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.reference import select_blocks_ref
 
-MODEL = Path(__file__).resolve().parents[1] / "models" / "SmolLM2-135M-Instruct"
 CODE = ("zipfile.py", "tarfile.py", "subprocess.py")
 # Lines of the source are read from here on, so that a text does not begin with a licence.
 FIRST_LINE = 60

@@ -63,19 +63,17 @@ echo "ready after $SECONDS s"
 
 PYTHONPATH=$root/scripts${PYTHONPATH:+:$PYTHONPATH} "$python" - "$url" "$model" "${TOKENS:-6000}" <<'END'
 import json
-import pydoc_data.topics
 import sys
 import time
 import urllib.error
 import urllib.request
 
-from generate import FACTS
+from generate import FACTS, documentation
 
 url, model, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
 name, code = FACTS[0]
-topics = pydoc_data.topics.topics
 # Some four characters of this text are a token.
-text = "\n\n".join(topics[topic] for topic in sorted(topics))[: 4 * tokens]
+text = documentation()[: 4 * tokens]
 at = text.index("\n\n", len(text) // 3)
 fact = f"The secret code of the {name} is {code}."
 question = f"Question: What is the secret code of the {name}?\nAnswer: The secret code of the {name} is"

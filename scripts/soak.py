@@ -34,7 +34,7 @@ from typing import Any
 
 import aiohttp
 import psutil
-from generate import MODEL
+from generate import MODEL, documentation
 from results_csv import append_row, commit_name
 
 READY_TIMEOUT_S = 900
@@ -51,14 +51,9 @@ SHARED_STARTS = 16
 
 
 def filler_tokens(model: str) -> list[int]:
-    """The Python documentation that every Python carries."""
-    import pydoc_data.topics
-
     from transformers import AutoTokenizer
 
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=False, verbose=False)
+    return AutoTokenizer.from_pretrained(model).encode(documentation(), add_special_tokens=False, verbose=False)
 
 
 class Soak:
