@@ -1,4 +1,4 @@
-"""Time vLLM on one GPU with FlashPrefill and with its default backend, in one run; append rows to a CSV.
+"""Time vLLM on one or several GPUs with FlashPrefill and with its default backend, in one run; append rows to a CSV.
 
 Each backend gets an engine of its own, in a process of its own, one after the other. The model has random weights of
 ordinary scale, which have nothing to prune, so the published density is imposed: once stage 3 has run, its lists are
@@ -8,6 +8,7 @@ alpha 0, or no speedup is given.
 
     python scripts/bench_vllm.py                                   TTFT, decoding and throughput, about 8 minutes
     python scripts/bench_vllm.py --layers 4 --tokens 8192 32768    a short run
+    python scripts/bench_vllm.py --tensor-parallel 2 --no-decode --no-mixed
 
 TTFT is the time of a request for one token, in process, without prefix caching; its bound is the time with attention
 left out altogether.
@@ -24,17 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from evaluation.engine import configure
 from results_csv import append_row, commit_name
-from shapes import LLAMA_8B
+from shapes import LLAMA_8B, LLAMA_70B
 
+SHAPES = {"llama-8b": LLAMA_8B, "llama-70b": LLAMA_70B}
 CONFIG = dict(
-    LLAMA_8B,
     architectures=["LlamaForCausalLM"],
     model_type="llama",
     rope_theta=500000.0,
@@ -67,13 +68,15 @@ def write_tokenizer(folder: str, vocab_size: int) -> None:
 class Engine:
     """An in-process engine and what of it is changed between measurements."""
 
-    def __init__(self, model: Path, max_model_len: int, eager: bool):
+    def __init__(self, model: Path, max_model_len: int, args: argparse.Namespace):
         from vllm import LLM
 
         self.llm = LLM(
             str(model),
             load_format="dummy",
-            enforce_eager=eager,
+            enforce_eager=args.eager,
+            tensor_parallel_size=args.tensor_parallel,
+            pipeline_parallel_size=args.pipeline_parallel,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_model_len,
             enable_prefix_caching=False,
@@ -81,32 +84,17 @@ class Engine:
             disable_log_stats=True,
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
-        self.worker = self.core.model_executor.driver_worker.worker
         self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
         self.max_model_len = self.chunk = max_model_len
-        self._randomise()
+        self.each(randomise)
 
-    def _randomise(self) -> None:
-        """vLLM's dummy weights are so small that attention makes no difference."""
-        import torch
-
-        weights = dict(self.worker.model_runner.model.named_parameters())
-        generator = torch.Generator(next(iter(weights.values())).device).manual_seed(0)
-        for name, weight in weights.items():
-            if "norm" in name:
-                weight.data.fill_(1.0)
-            else:
-                # With much larger ones two right implementations of attention would disagree: errors grow with depth.
-                weight.data.normal_(0.0, 0.02, generator=generator)
-
-    @property
-    def impls(self) -> list[Any]:
-        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        return [layer.impl for layer in layers if hasattr(layer, "impl")]
+    def each(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What a function returns that every worker calls, itself its first argument."""
+        return self.llm.collective_rpc(function, args=args)
 
     def configure(self, **options: Any) -> None:
         """Change FlashPrefill's options of the running engine."""
-        configure(self.worker, options)
+        self.each(configure, options)
 
     def generate(self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None) -> list[Any]:
         from vllm import SamplingParams
@@ -145,6 +133,42 @@ class Engine:
             short = self.seconds(prompts, 2)
             times.append((self.seconds(prompts, 2 + DECODE_TOKENS) - short) / DECODE_TOKENS)
         return 1000 * statistics.median(times)
+
+
+def randomise(worker: Any) -> None:
+    """vLLM's dummy weights are so small that attention makes no difference."""
+    import torch
+
+    weights = dict(worker.model_runner.model.named_parameters())
+    generator = torch.Generator(next(iter(weights.values())).device).manual_seed(worker.rank)
+    for name, weight in weights.items():
+        if "norm" in name:
+            weight.data.fill_(1.0)
+        else:
+            # With much larger ones two right implementations of attention would disagree: errors grow with depth.
+            weight.data.normal_(0.0, 0.02, generator=generator)
+
+
+def impls(worker: Any) -> list[Any]:
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    return [layer.impl for layer in layers if hasattr(layer, "impl")]
+
+
+def min_sparse_tokens(worker: Any) -> int:
+    return impls(worker)[0].flashprefill_config.min_sparse_tokens
+
+
+def fix_density(worker: Any) -> None:
+    from vllm_flashprefill.kernels import pipeline
+
+    pipeline.block_select = FixedDensity()
+
+
+def leave_attention_out(worker: Any) -> None:
+    def forward(impl, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named):
+        return output
+
+    type(impls(worker)[0]).forward = forward
 
 
 class FixedDensity:
@@ -228,13 +252,11 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         import vllm_flashprefill
 
         vllm_flashprefill.register()
-        from vllm_flashprefill.kernels import pipeline
-
     started = time.perf_counter()
-    engine = Engine(model, max(args.tokens) + 1024, args.eager)
+    engine = Engine(model, max(args.tokens) + 1024, args)
     results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
     if sparse:
-        defaults = engine.impls[0].flashprefill_config
+        results["min_sparse_tokens"] = engine.each(min_sparse_tokens)[0]
         engine.configure(alpha=0.0, min_sparse_tokens=0)
         before = vllm_flashprefill.stats()
     results["check"] = engine.first_logprobs()
@@ -247,9 +269,8 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         time.sleep(0.1)
         if (vllm_flashprefill.stats() - before).visible_blocks == 0:
             sys.exit("error: no layer of the check was sparse")
-        engine.configure(alpha=0.1, min_sparse_tokens=defaults.min_sparse_tokens)
-        results["min_sparse_tokens"] = defaults.min_sparse_tokens
-        pipeline.block_select = FixedDensity()
+        engine.configure(alpha=0.1, min_sparse_tokens=results["min_sparse_tokens"])
+        engine.each(fix_density)
 
     def timed(case: str, run) -> None:
         before = vllm_flashprefill.stats() if sparse else None
@@ -284,14 +305,10 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         timed("mixed", lambda: 1000 * min(engine.seconds(prompts, 32) for _ in range(2)))
     engine.chunk = engine.max_model_len
     if sparse:
-
-        def left_out(impl, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named):
-            return output
-
-        with mock.patch.object(type(engine.impls[0]), "forward", left_out):
-            for tokens in args.tokens:
-                if tokens >= LONG:
-                    timed(f"bound {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
+        engine.each(leave_attention_out)
+        for tokens in args.tokens:
+            if tokens >= LONG:
+                timed(f"bound {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
 
 
 def difference(found: list[dict[str, float]], expected: list[dict[str, float]]) -> tuple[float, float]:
@@ -317,7 +334,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--chunk", type=int, nargs="*", default=[8192], help="tokens of a chunk, beside whole prompts")
+    parser.add_argument("--model", choices=SHAPES, default="llama-8b", help="whose shapes; the weights are random")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer's heads")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="GPUs, or groups of them, with layers each")
     parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: a quicker start")
     parser.add_argument("--no-decode", dest="decode", action="store_const", const=[], default=DECODE)
     parser.add_argument("--no-mixed", dest="mixed", action="store_false")
@@ -333,7 +353,7 @@ def main() -> None:
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        config = {**CONFIG, "num_hidden_layers": args.layers}
+        config = {**SHAPES[args.model], **CONFIG, "num_hidden_layers": args.layers}
         Path(folder, "config.json").write_text(json.dumps(config))
         write_tokenizer(folder, config["vocab_size"])
         environment = {
@@ -372,7 +392,7 @@ def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Na
             vllm=__version__,
             torch=torch.__version__,
             commit=commit_name(args.commit),
-            model=f"llama-8b, {args.layers} layers{', eager' * args.eager}",
+            model=model_name(args),
             case=kind,
             requests=first if kind == "decode" else len(MIXED_PROMPTS) if kind == "mixed" else 1,
             tokens=second if kind == "decode" else first,
@@ -391,6 +411,13 @@ def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Na
     print(f"engine start: default {default['start_s']} s, FlashPrefill {flash['start_s']} s")
     if check == "failed":
         sys.exit("error: at alpha 0 FlashPrefill and the default backend disagree")
+
+
+def model_name(args: argparse.Namespace) -> str:
+    parts = [args.model, f"{args.layers} layers"]
+    parts += [f"tensor parallel {args.tensor_parallel}"] * (args.tensor_parallel > 1)
+    parts += [f"pipeline parallel {args.pipeline_parallel}"] * (args.pipeline_parallel > 1)
+    return ", ".join(parts + ["eager"] * args.eager)
 
 
 def _rounded(result: dict[str, float] | None) -> float | None:

@@ -80,8 +80,8 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
 
     select = configs.SELECT[generation, head_size]
     for name, absent in (("block_select", ()), ("block_select, uncounted", ("block_counts_ptr",))):
-        absent = ("k_ptr", "block_table_ptr", "k_scale_ptr", *absent)
         yield case(block_select._block_select_kernel, name, launch_values(select), absent)
+    yield case(block_select._block_select_kernel, "block_select by share", launch_values(select), ROW_SHARE=True)
     tables = {
         "": (sparse_attention._sparse_attention_kernel, configs.ATTENTION),
         " tma": (sparse_attention._sparse_attention_kernel, configs.ATTENTION_TMA),
@@ -95,14 +95,6 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             paged = dict(PAGE_SIZE=page_size, FP8=is_fp8)
             name = f"page {page_size}{' e4m3' if is_fp8 else ''}"
             yield case(block_mean._block_mean_kernel, f"block_mean {name}", {"num_warps": 4}, absent, **paged)
-            yield case(
-                block_select._block_select_kernel,
-                f"block_select by share {name}",
-                launch_values(configs.SELECT_SHARE[generation, head_size]),
-                absent,
-                **paged,
-                ROW_SHARE=True,
-            )
             for suffix, (kernel, table) in tables.items():
                 config = table.get((generation, head_size))
                 if config is None or kernel is None or (config.gluon and is_fp8):

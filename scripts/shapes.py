@@ -12,3 +12,4 @@ LLAMA_8B = dict(
     vocab_size=128256,
     max_position_embeddings=131072,
 )
+LLAMA_70B = dict(LLAMA_8B, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)

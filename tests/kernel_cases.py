@@ -190,9 +190,6 @@ def run_select(batch, config, scale):
             lists=lists,
             counts=counts,
             scores=scratch,
-            k=batch.k,
-            block_table=batch.block_table,
-            k_scale=batch.scales.get("k_scale"),
         )
         lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
         for n in range(slab.num_items):
@@ -212,10 +209,7 @@ def reference_select(request, part, config, scale):
     """E, its mask and which entries are within rounding of the threshold, from the reference."""
     q, k, _ = part
     arguments = dict(context_len=request.context_len, block_size=128, softmax_scale=scale)
-    if config.row_share:
-        score = block_share_ref(q, k, block_mean_ref(k, 128), **arguments)
-    else:
-        score = block_score_ref(q, block_mean_ref(k, 128), **arguments)
+    score = (block_share_ref if config.row_share else block_score_ref)(q, block_mean_ref(k, 128), **arguments)
     mask = block_select_ref(
         score,
         first_query_block=request.context_len // 128,

@@ -61,8 +61,8 @@ class FlashPrefillConfig:
         num_dense_tail_blocks: last query blocks of a prompt that attend to everything.
         min_sparse_tokens: prompts shorter than this many tokens stay dense.
         num_dense_layers: this many first layers of the model stay dense.
-        min_share: if above 0, a key block is kept where the share of attention that the query block's rows are
-            expected to give it, on average, is at least this, and alpha, unless 0, has no say.
+        min_share: if above 0, a key block is kept where the share of attention that the query block's rows give to its
+            mean key, of all before their own block, is at least this on average; alpha, unless 0, has no say.
     """
 
     alpha: float = 0.05

@@ -11,7 +11,6 @@ Source: FlashPrefill, arXiv 2603.06199.
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 
@@ -70,39 +69,28 @@ def block_score_ref(
 
 
 def block_share_ref(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_mean: torch.Tensor,
-    *,
-    context_len: int,
-    block_size: int,
-    softmax_scale: float,
+    q: torch.Tensor, k_mean: torch.Tensor, *, context_len: int, block_size: int, softmax_scale: float
 ) -> torch.Tensor:
-    """Stage 2 with `row_share`: the share of its attention that a row would give to a block of equal keys.
+    """Stage 2 with `row_share`: the share of its attention that a row gives to a mean key, averaged over the rows.
 
-    A row's attention to key block j is taken as block_size * exp(s[row, j]) over its exact attention to the first
-    block and, causally, to its own, which are its largest as a rule; at most 1. A query block's score is the mean over
-    its rows in this chunk, so that every row has the same say, whatever its logits.
+    A row's share of key block j is exp(s[row, j]) over its sum of all key blocks before the query block's own, so that
+    every row has the same say, whatever its logits.
 
     Args:
-        q: [T, H, D], queries of this chunk. k: [S, G, D], keys of the whole sequence so far.
+        q: [T, H, D], queries of this chunk.
         k_mean: [NK, G, D] in float32, from `block_mean_ref`.
+        context_len: tokens of the sequence before this chunk.
 
     Returns:
         [H, NQ, NK] in float32; 0 for the query block's own key block and those after it.
     """
     num_tokens, num_heads, _ = q.shape
-    keys, means = (x.repeat_interleave(num_heads // x.shape[1], dim=1).permute(1, 2, 0).float() for x in (k, k_mean))
+    keys = k_mean.repeat_interleave(num_heads // k_mean.shape[1], dim=1).permute(1, 2, 0)
     scores = []
     for start, end in query_block_bounds(context_len, num_tokens, block_size):
         rows = q[start - context_len : end - context_len].float().transpose(0, 1)
         own = start // block_size
-        tokens = torch.arange(end, device=q.device)
-        tokens = tokens[(tokens < block_size) | (tokens >= own * block_size)]
-        hidden = tokens > torch.arange(start, end, device=q.device)[:, None]
-        near = (softmax_scale * (rows @ keys[:, :, tokens])).masked_fill(hidden, -torch.inf)
-        s = softmax_scale * (rows @ means[:, :, :own]) + math.log(block_size)
-        share = (s - near.logsumexp(dim=-1, keepdim=True)).clamp(max=0).exp().mean(dim=1)
+        share = (softmax_scale * (rows @ keys[:, :, :own])).softmax(dim=-1).mean(dim=1)
         scores.append(torch.nn.functional.pad(share, (0, len(k_mean) - own)))
     return torch.stack(scores, dim=1)
 
@@ -196,10 +184,7 @@ def select_blocks_ref(
     block_size = config.block_size
     k_mean = block_mean_ref(k, block_size)
     arguments = dict(context_len=context_len, block_size=block_size, softmax_scale=softmax_scale)
-    if config.row_share:
-        score = block_share_ref(q, k, k_mean, **arguments)
-    else:
-        score = block_score_ref(q, k_mean, **arguments)
+    score = (block_share_ref if config.row_share else block_score_ref)(q, k_mean, **arguments)
     return block_select_ref(
         score,
         first_query_block=context_len // block_size,

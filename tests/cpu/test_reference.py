@@ -112,10 +112,10 @@ def test_score_survives_logits_no_exponential_can_hold():
 
 
 @pytest.mark.parametrize("context_len", [0, 300, 384])
-def test_share_is_each_rows_own_at_most_1(context_len):
+def test_share_is_the_mean_of_the_rows_own_softmax(context_len):
     q, k, _ = tensors(200, context_len + 200, heads=2, kv_heads=1)
     k_mean = block_mean_ref(k, 128)
-    share = block_share_ref(q, k, k_mean, context_len=context_len, block_size=128, softmax_scale=SCALE)
+    share = block_share_ref(q, k_mean, context_len=context_len, block_size=128, softmax_scale=SCALE)
     first = context_len // 128
     assert share.shape == (2, -(-(context_len + 200) // 128) - first, len(k_mean))
     for index in range(share.shape[1]):
@@ -124,17 +124,24 @@ def test_share_is_each_rows_own_at_most_1(context_len):
         for head, j in itertools.product(range(2), range(own)):
             shares = []
             for position in range(max(context_len, own * 128), min(context_len + 200, (own + 1) * 128)):
-                row = SCALE * q[position - context_len, head].double()
-                near = {*range(min(128, position + 1)), *range(own * 128, position + 1)}
-                mass = (k[sorted(near), 0].double() @ row).exp().sum()
-                shares.append(min(1.0, float(128 * (k_mean[j, 0].double() @ row).exp() / mass)))
+                mass = (SCALE * (k_mean[:own, 0].double() @ q[position - context_len, head].double())).exp()
+                shares.append(float(mass[j] / mass.sum()))
             assert share[head, index, j].item() == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+
+
+def test_a_row_of_large_logits_has_no_more_say_in_the_share():
+    q, k, _ = tensors(256, 1024, heads=1, kv_heads=1)
+    q[0] *= 1000
+    share = block_share_ref(q, block_mean_ref(k, 128), context_len=768, block_size=128, softmax_scale=SCALE)
+    assert torch.isfinite(share).all()
+    assert share[0, 0].sum().item() == pytest.approx(1, rel=1e-4)
+    assert share[0, 0].max() < 1 / 128 + 0.5
 
 
 def test_min_share_keeps_what_reaches_it_and_alpha_0_everything():
     q, k, _ = tensors(1500, 1500)
     arguments = dict(context_len=0, prompt_len=1500, softmax_scale=SCALE)
-    share = block_share_ref(q, k, block_mean_ref(k, 128), context_len=0, block_size=128, softmax_scale=SCALE)
+    share = block_share_ref(q, block_mean_ref(k, 128), context_len=0, block_size=128, softmax_scale=SCALE)
     none = FlashPrefillConfig(alpha=1.0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0)
     mask = select_blocks_ref(q, k, config=dataclasses.replace(none, min_share=0.2), **arguments)
     assert torch.equal(mask, ((share >= 0.2) | torch.eye(12, dtype=torch.bool)).tril())

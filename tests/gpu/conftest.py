@@ -1,3 +1,4 @@
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -24,3 +25,17 @@ def no_sync():
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="session")
+def plugin_path(tmp_path_factory):
+    """A folder that makes the plugin of a checkout known to the engine's processes, where it is not installed."""
+    folder = tmp_path_factory.mktemp("plugin")
+    if not importlib.metadata.entry_points(group="vllm.general_plugins", name="flashprefill"):
+        info = folder / "vllm_flashprefill-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-flashprefill\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(
+            "[vllm.general_plugins]\nflashprefill = vllm_flashprefill.plugin:register\n"
+        )
+    return folder

@@ -153,22 +153,6 @@ def test_min_share(page_size, dim, dtype):
     )
 
 
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [16, 128])
-def test_min_share_of_an_e4m3_cache(page_size, dim, native, monkeypatch):
-    if not native:
-        from vllm_flashprefill.kernels import block_select
-
-        monkeypatch.setattr(block_select, "has_e4m3_instruction", lambda device: False)
-    config = sparse_config(min_share=0.1)
-    batch = make_batch(
-        [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640)], page_size=page_size, dim=dim,
-        dtype=torch.bfloat16, kv_dtype=torch.uint8, kv_scales="head", device="cuda", config=config,
-    )  # fmt: skip
-    check_all(batch, config, SCALE)
-
-
 def test_slabs_change_nothing():
     config = sparse_config()
     requests = [Request(3000), Request(1000)]

@@ -44,20 +44,6 @@ class Failed(Exception):
     """A process failed; the message is what it wrote."""
 
 
-@pytest.fixture(scope="session")
-def plugin_path(tmp_path_factory):
-    """A folder that makes the plugin of a checkout known to the engine's processes, where it is not installed."""
-    folder = tmp_path_factory.mktemp("plugin")
-    if not importlib.metadata.entry_points(group="vllm.general_plugins", name="flashprefill"):
-        info = folder / "vllm_flashprefill-0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-flashprefill\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(
-            "[vllm.general_plugins]\nflashprefill = vllm_flashprefill.plugin:register\n"
-        )
-    return folder
-
-
 def make_job(kind, folder):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(5, NUM_TEXT_TOKENS, length).tolist() for length in LENGTHS]
@@ -82,6 +68,7 @@ def make_job(kind, folder):
 
 
 def run(job, plugin_path, options):
+    """The answers and statistics of a job, and everything its processes wrote."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("FLASHPREFILL")}
     path = [str(ROOT), str(plugin_path), *filter(None, [env.get("PYTHONPATH")])]
     # In one process all prompts are there when the first step is made up, so that both engines make up the same steps.

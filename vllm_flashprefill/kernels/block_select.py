@@ -4,8 +4,8 @@ A program walks over (query block, head) pairs. For each it scores the mean keys
 scratch that is its own, then compares them with the largest and writes the indices of the kept blocks. The score
 is held as log2 E, which has no maximum to subtract: E >= alpha * max E is log2 E >= log2 alpha + max log2 E.
 
-With row_share a program first attends to the keys of the first block and of the query's own, for each row's exact mass
-there, and no maximum is needed later.
+With row_share a program goes over the mean keys twice, the first time for the sum that each row's exponentials are
+divided by, and no maximum is needed later.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
-from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
 LOG2_E = math.log2(math.e)
-# Keys of a tile whose exact logits a program takes for row_share.
-NEAR_TILE = tl.constexpr(32)
+
+
+@triton.jit
+def _load_query(ptrs, dtype: tl.constexpr, cache_modifier: tl.constexpr):
+    q = tl.load(ptrs, cache_modifier=cache_modifier).to(tl.float32)
+    return tl.minimum(tl.maximum(q, -65504.0), 65504.0).to(dtype)
 
 
 @triton.jit
@@ -35,64 +38,23 @@ def _log2_sum(s, scale):
 
 
 @triton.jit
-def _log2_share(s, near, scale):
-    """s: [BLOCK_N, BLOCK], mean keys by query rows. log2 of the sum over rows of min(exp2(scale * s - near), 1)."""
-    return tl.log2(tl.sum(tl.exp2(tl.minimum(s * scale - near[None, :], 0.0)), axis=1))
+def _log2_share(s, log2_mass, scale):
+    """s: [BLOCK_N, BLOCK], mean keys by query rows. log2 of the sum over rows of exp2(scale * s - log2_mass)."""
+    return tl.log2(tl.sum(tl.exp2(s * scale - log2_mass[None, :]), axis=1))
 
 
 @triton.jit
-def _near_log2_sum(
-    q,
-    near,
-    block,
-    query_block,
-    seq_len,
-    k_head_ptr,
-    table_row_ptr,
-    kv_start,
-    stride_kp,
-    stride_kt,
-    scale,
-    BLOCK: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FP8: tl.constexpr,
-    FP8_NATIVE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """near, [BLOCK]: log2 of the sum of exp2 over keys so far, with a block's added; q: [HEAD_SIZE, BLOCK]."""
-    offs_m = query_block * BLOCK + tl.arange(0, BLOCK)
-    offs_dim = tl.arange(0, HEAD_SIZE)
-    for start in tl.range(block * BLOCK, tl.minimum((block + 1) * BLOCK, seq_len), TILE, num_stages=1):
-        tokens = start + tl.arange(0, TILE)
-        mask_tokens = tokens < seq_len
-        if PAGE_SIZE > 0:
-            pages = tl.load(table_row_ptr + tokens // PAGE_SIZE, mask=mask_tokens, other=0).to(tl.int64)
-            offs_k = pages * stride_kp + (tokens % PAGE_SIZE).to(tl.int64) * stride_kt
-        else:
-            offs_k = (kv_start + tokens).to(tl.int64) * stride_kt
-        # [TILE, HEAD_SIZE]
-        k = tl.load(k_head_ptr + offs_k[:, None] + offs_dim[None, :], mask=mask_tokens[:, None], other=0)
-        if FP8:
-            k = from_e4m3(k, FP8_NATIVE)
-        # [TILE, BLOCK]; rows at or after the tile's first token see it, others keep what they have.
-        s = tl.where(tokens[:, None] <= offs_m[None, :], tl.dot(k, q) * scale, float("-inf"))
-        largest = tl.maximum(tl.maximum(near, tl.max(s, axis=0)), -1.0e30)
-        near = largest + tl.log2(tl.exp2(near - largest) + tl.sum(tl.exp2(s - largest[None, :]), axis=0))
-    return near
+def _add_mass(s, scale, largest, total):
+    """total * exp2(largest), [BLOCK], with a tile's exp2(scale * s) added. s: [BLOCK, BLOCK_N], rows by mean keys."""
+    s *= scale
+    now = tl.maximum(largest, tl.max(s, axis=1))
+    return now, total * tl.exp2(largest - now) + tl.sum(tl.exp2(s - now[:, None]), axis=1)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores", "stride_table", "stride_k_scale",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores"])
 def _block_select_kernel(
     q_ptr,
     mean_ptr,
-    k_ptr,
-    block_table_ptr,
-    k_scale_ptr,
     requests_ptr,
     items_ptr,
     lists_ptr,
@@ -107,11 +69,6 @@ def _block_select_kernel(
     stride_qb: tl.int64,
     stride_qt,
     stride_qh,
-    stride_kp: tl.int64,
-    stride_kt,
-    stride_kg,
-    stride_table,
-    stride_k_scale,
     num_mean_rows,
     stride_scores: tl.int64,
     NUM_HEADS: tl.constexpr,
@@ -123,9 +80,6 @@ def _block_select_kernel(
     NUM_SINK_BLOCKS: tl.constexpr,
     NUM_WINDOW_BLOCKS: tl.constexpr,
     ROW_SHARE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FP8: tl.constexpr,
-    FP8_NATIVE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -155,35 +109,33 @@ def _block_select_kernel(
             mask_rows = (rows >= 0) & (rows < query_len)
             offs_rows = tl.load(request_ptr + 1) + tl.minimum(tl.maximum(rows, 0), query_len - 1)
             q_start_ptr = q_ptr + tl.load(request_ptr).to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-            # [HEAD_SIZE, BLOCK]
-            q_given = tl.load(q_start_ptr + offs_rows.to(tl.int64)[None, :] * stride_qt + offs_dim[:, None])
-            q = tl.minimum(tl.maximum(q_given.to(tl.float32), -65504.0), 65504.0).to(mean_ptr.dtype.element_ty)
-            if ROW_SHARE:
-                kv_head = head // GROUP
-                k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_kg
-                table_row_ptr = block_table_ptr
-                if PAGE_SIZE > 0:
-                    table_row_ptr += tl.load(request_ptr + 5).to(tl.int64) * stride_table
-                else:
-                    k_head_ptr += tl.load(request_ptr).to(tl.int64) * stride_kp
-                kv_start = tl.load(request_ptr + 4)
-                key_scale = scale
-                if FP8:
-                    key_scale *= load_scale(k_scale_ptr, kv_head, stride_k_scale)
-                near = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-                for block in tl.range(0, query_block + 1, query_block, num_stages=1):
-                    near = _near_log2_sum(
-                        q if FP8 else q_given, near, block, query_block, context_len + query_len, k_head_ptr,
-                        table_row_ptr, kv_start, stride_kp, stride_kt, key_scale,
-                        BLOCK, HEAD_SIZE, PAGE_SIZE, FP8, FP8_NATIVE, NEAR_TILE,
-                    )  # fmt: skip
-                # [BLOCK]: what the logit with a mean key is compared with; rows outside the chunk have no share.
-                near = tl.where(mask_rows, near - tl.log2(tl.full([], BLOCK, dtype=tl.float32)), float("inf"))
-                log2_rows = tl.log2(tl.sum(mask_rows.to(tl.float32), axis=0))
             mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6)
             # [BLOCK_N, HEAD_SIZE]
             mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
+            q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
 
+            if ROW_SHARE:
+                # [BLOCK]; its own block, which is always kept, has no part in it.
+                row_largest = tl.full([BLOCK], -1.0e30, dtype=tl.float32)
+                row_total = tl.zeros([BLOCK], dtype=tl.float32)
+                # [BLOCK, HEAD_SIZE]; loaded again below, since as the other operand its layout differs and both do not
+                # fit. The modifier, the default by another name, keeps the compiler from joining the loads.
+                q_rows = _load_query(q_ptrs, mean_ptr.dtype.element_ty, ".ca")
+                whole_end = query_block // BLOCK_N * BLOCK_N
+                for start in tl.range(0, whole_end, BLOCK_N, num_stages=NUM_STAGES):
+                    mean = tl.load(mean_ptrs + start * HEAD_SIZE)
+                    row_largest, row_total = _add_mass(tl.dot(q_rows, tl.trans(mean)), scale, row_largest, row_total)
+                if whole_end < query_block:
+                    before = whole_end + offs_n < query_block
+                    mean = tl.load(mean_ptrs + whole_end * HEAD_SIZE, mask=before[:, None], other=0.0)
+                    s = tl.where(before[None, :], tl.dot(q_rows, tl.trans(mean)), float("-inf"))
+                    row_largest, row_total = _add_mass(s, scale, row_largest, row_total)
+                log2_rows = tl.log2(tl.sum(mask_rows.to(tl.float32), axis=0))
+                # Rows outside the chunk have no share.
+                log2_mass = tl.where(mask_rows, row_largest + tl.log2(row_total) + log2_rows, float("inf"))
+
+            # [HEAD_SIZE, BLOCK]
+            q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty, ""))
             # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
             all_rows = (query_block * BLOCK >= context_len) & ((query_block + 1) * BLOCK <= context_len + query_len)
             unmasked_end = tl.where(all_rows, query_block // BLOCK_N * BLOCK_N, 0)
@@ -193,7 +145,7 @@ def _block_select_kernel(
             for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
                 mean = tl.load(mean_ptrs + start * HEAD_SIZE)
                 if ROW_SHARE:
-                    score = _log2_share(tl.dot(mean, q), near, scale) - log2_rows
+                    score = _log2_share(tl.dot(mean, q), log2_mass, scale)
                 else:
                     score = _log2_sum(tl.dot(mean, q), scale)
                     largest = tl.maximum(largest, score)
@@ -204,7 +156,7 @@ def _block_select_kernel(
                 blocks = start + offs_n
                 mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
                 if ROW_SHARE:
-                    score = _log2_share(tl.dot(mean, q), near, scale) - log2_rows
+                    score = _log2_share(tl.dot(mean, q), log2_mass, scale)
                     tl.store(scores_row_ptr + blocks, score, mask=blocks < query_block)
                 else:
                     visible = (blocks < query_block)[:, None] & mask_rows[None, :]
@@ -246,9 +198,6 @@ def block_select(
     lists: torch.Tensor,
     counts: torch.Tensor,
     scores: torch.Tensor,
-    k: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
     block_counts: torch.Tensor | None = None,
     launch: SelectConfig | None = None,
 ) -> None:
@@ -264,24 +213,15 @@ def block_select(
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
             programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with row_share the
             log2 of its shares, and nothing for the query's own block.
-        k: [batch, tokens, G, D] or with a block table the cache [num_pages, page_size, G, D]; for row_share alone, as
-            are block_table, [rows, max pages] int32, and k_scale, float32 of one element or [G].
         block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.
     """
     num_heads, head_size = q.shape[2:]
-    launch = launch or select_config(q.device, head_size, config.row_share)
+    launch = launch or select_config(q.device, head_size)
     num_work = slab.num_items * num_heads
-    if config.row_share:
-        k = e4m3_codes(k)
-    else:
-        k = block_table = k_scale = None
     _block_select_kernel[(min(len(scores), num_work),)](
         q,
         mean,
-        k,
-        block_table,
-        k_scale,
         schedule.requests,
         schedule.items,
         lists,
@@ -296,9 +236,6 @@ def block_select(
         q.stride(0),
         q.stride(1),
         q.stride(2),
-        *((0, 0, 0) if k is None else k.stride()[:3]),
-        0 if block_table is None else block_table.stride(0),
-        scale_stride(k_scale),
         mean.shape[1],
         scores.stride(0),
         NUM_HEADS=num_heads,
@@ -310,18 +247,13 @@ def block_select(
         NUM_SINK_BLOCKS=config.num_sink_blocks,
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         ROW_SHARE=config.row_share,
-        PAGE_SIZE=0 if block_table is None else k.shape[1],
-        FP8=k is not None and k.dtype == torch.uint8,
-        FP8_NATIVE=has_e4m3_instruction(q.device),
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
     )
 
 
-def score_scratch(
-    q: torch.Tensor, schedule: Schedule, workspace: Workspace | None = None, row_share: bool = False
-) -> torch.Tensor:
+def score_scratch(q: torch.Tensor, schedule: Schedule, workspace: Workspace | None = None) -> torch.Tensor:
     """Scratch for `block_select`: one row of scores for each program that the GPU holds at once."""
     empty = (workspace or Workspace(q.device)).empty
-    return empty((num_select_programs(q.device, q.shape[-1], row_share), schedule.max_key_blocks), torch.float32)
+    return empty((num_select_programs(q.device, q.shape[-1]), schedule.max_key_blocks), torch.float32)

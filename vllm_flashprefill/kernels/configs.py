@@ -81,12 +81,6 @@ SELECT = {
     ("blackwell", 128): SelectConfig(64, 4, 3, 2),
     ("blackwell", 256): SelectConfig(64, 8, 2, 1),
 }
-# With row_share, of which Hopper's programs take half as much shared memory again. Chosen by what fits, not measured.
-SELECT_SHARE = {
-    **SELECT,
-    ("hopper", 128): SelectConfig(64, 4, 1, 3, max_registers=168),
-    ("hopper", 256): SelectConfig(64, 8, 1, 1),
-}
 
 
 @functools.cache
@@ -109,10 +103,10 @@ def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionCo
     return tuple(table[key] for table in (ATTENTION_GLUON, ATTENTION_TMA, ATTENTION) if key in table)
 
 
-def select_config(device: torch.device, head_size: int, row_share: bool = False) -> SelectConfig:
-    return (SELECT_SHARE if row_share else SELECT)[generation(device), head_size]
+def select_config(device: torch.device, head_size: int) -> SelectConfig:
+    return SELECT[generation(device), head_size]
 
 
-def num_select_programs(device: torch.device, head_size: int, row_share: bool = False) -> int:
-    """Programs of stages 2 and 3 that the GPU holds at once; as published at least as many as with row_share."""
-    return select_config(device, head_size, row_share).programs_per_sm * num_multiprocessors(device)
+def num_select_programs(device: torch.device, head_size: int) -> int:
+    """Programs of stages 2 and 3 that the GPU holds at once."""
+    return select_config(device, head_size).programs_per_sm * num_multiprocessors(device)

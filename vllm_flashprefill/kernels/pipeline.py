@@ -51,7 +51,7 @@ def run_stages(
         mark()
     mean = workspace.empty((k.shape[2], schedule.num_mean_rows, k.shape[3]), MEAN_DTYPE)
     block_mean(k, schedule, block_table, k_scale=k_scale, out=mean)
-    scores = score_scratch(q, schedule, workspace, config.row_share)
+    scores = score_scratch(q, schedule, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
     for slab in schedule.slabs:
         block_select(
@@ -64,9 +64,6 @@ def run_stages(
             lists=lists,
             counts=counts,
             scores=scores,
-            k=k,
-            block_table=block_table,
-            k_scale=k_scale,
             block_counts=block_counts,
         )
         if mark is not None:

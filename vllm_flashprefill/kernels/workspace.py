@@ -69,8 +69,7 @@ def scratch_bytes(
     # A chunk can begin and end within a block.
     query_blocks = 2 * -(-max_query_tokens // BLOCK_SIZE) + 1
     mean = num_kv_heads * (key_blocks + query_blocks) * head_size * 2
-    programs = max(num_select_programs(device, head_size, row_share) for row_share in (False, True))
-    scores = programs * key_blocks * 4
+    scores = num_select_programs(device, head_size) * key_blocks * 4
     list_slots = min(query_blocks * key_blocks, max(LIST_BYTES // (4 * num_heads), key_blocks))
     counts = query_blocks * num_heads * 4
     return mean + scores + list_slots * num_heads * 4 + counts + 4 * ALIGNMENT
