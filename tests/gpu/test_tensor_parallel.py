@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from model_kinds import Kind, llama, write
@@ -54,6 +55,7 @@ def test_ranks_keep_the_blocks_that_one_keeps(ranks, tmp_path, plugin_path):
     assert stats["kept_blocks"] == pytest.approx(other["kept_blocks"], rel=0.01)
     assert 0.1 * stats["visible_blocks"] < stats["kept_blocks"] < 0.9 * stats["visible_blocks"]
     assert stats["sparse_tokens"] * one.sparse_layers == other["sparse_tokens"] * kind.sparse_layers
-    # A block whose score is within rounding of the limit may be another one.
+    # A block whose score is within rounding of the limit may be another one, which moves single log-probabilities by up
+    # to 1; alpha 1 moves them by 0.5 to 1 in the mean.
     for got, other in zip(result["answers"], expected["answers"], strict=True):
-        check_answer(got, other, 2 * kind.noise)
+        assert np.abs(np.array(got["prompt"]) - other["prompt"]).mean() <= 2 * kind.noise
