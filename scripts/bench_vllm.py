@@ -121,7 +121,7 @@ class Engine:
     def ttft_ms(self, tokens: int) -> float:
         prompt = [self.prompt(tokens)]
         first = self.seconds(prompt, 1)
-        runs = max(2, min(9, int(1.5 / first)))
+        runs = max(2, min(50, int(1.5 / first)))
         return 1000 * statistics.median(self.seconds(prompt, 1) for _ in range(runs))
 
     def decode_ms(self, requests: int, tokens: int) -> float:
