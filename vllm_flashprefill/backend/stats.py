@@ -27,6 +27,7 @@ logger = logging.getLogger("vllm.flashprefill")
 
 _FIELDS = ("sparse_tokens", "kept_blocks", "visible_blocks", "selection_seconds", "attention_seconds")
 _REASONS = tuple(DenseReason)
+_PLACE = {reason: len(_FIELDS) + n for n, reason in enumerate(_REASONS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,9 @@ class StatsRecorder:
             path = Path(directory) / f"{self.pid}.f64"
             # A process that is gone may have had this number: its counters are part of the sum and go on.
             known = path.exists() and path.stat().st_size == 8 * shape
-            self._counters = np.memmap(path, dtype=np.float64, mode="r+" if known else "w+", shape=shape)
+            mapped = np.memmap(path, dtype=np.float64, mode="r+" if known else "w+", shape=shape)
+            # Every layer of every step adds to it: an element of a plain array costs a fraction of a memmap's.
+            self._counters = mapped.view(np.ndarray)
         else:
             self._counters = np.zeros(shape)
         self._log_interval = log_interval()
@@ -101,7 +104,7 @@ class StatsRecorder:
             self._counters[: len(_FIELDS)] += (tokens, kept_blocks, visible_blocks, selection, attention)
 
     def add_dense(self, reason: DenseReason, tokens: int) -> None:
-        self._counters[len(_FIELDS) + _REASONS.index(reason)] += tokens
+        self._counters[_PLACE[reason]] += tokens
 
     def step_done(self) -> None:
         """Log what happened since the last line, if the interval has passed."""
@@ -121,9 +124,17 @@ _recorder: StatsRecorder | None = None
 def recorder() -> StatsRecorder:
     """This process's recorder, made on first use (a forked child makes its own)."""
     global _recorder
-    if _recorder is None or _recorder.pid != os.getpid():
+    if _recorder is None:
         _recorder = StatsRecorder()
     return _recorder
+
+
+def _forget_recorder() -> None:
+    global _recorder
+    _recorder = None
+
+
+os.register_at_fork(after_in_child=_forget_recorder)
 
 
 def read_stats() -> Stats:
@@ -155,8 +166,7 @@ def share_stats() -> None:
 
 def unshare_stats() -> None:
     """Forget the folder of the counters and this process's recorder."""
-    global _recorder
-    _recorder = None
+    _forget_recorder()
     with contextlib.suppress(KeyError):
         del os.environ[ENV_STATS_DIR]
 
