@@ -65,6 +65,14 @@ def fields_of(reader: Any) -> Callable[[str], Any]:
     return lambda name: reader.fields[name].contents()
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    # transformers 5 has another name for the class, which 4 does not know; both know this one.
+    config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def write_llama_tokenizer(gguf_file: Path, folder: Path) -> None:
     """Write the tokenizer from the GGUF metadata: byte-level BPE, digits one by one."""
     import gguf
@@ -87,7 +95,7 @@ def write_llama_tokenizer(gguf_file: Path, folder: Path) -> None:
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
 
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[field("tokenizer.ggml.bos_token_id")],
         eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
@@ -96,7 +104,8 @@ def write_llama_tokenizer(gguf_file: Path, folder: Path) -> None:
         chat_template=field("tokenizer.chat_template"),
         model_max_length=field("llama.context_length"),
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    )
+    save_tokenizer(fast, folder)
 
 
 def write_llama_weights(gguf_file: Path, folder: Path) -> None:
@@ -104,6 +113,8 @@ def write_llama_weights(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, torch_dtype=torch.float32)
+    # The weights are not quantised any more, but transformers 5 takes them for it and does not save them.
+    model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
 
     path = folder / "config.json"
@@ -166,7 +177,7 @@ def write_gemma_tokenizer(gguf_file: Path, folder: Path) -> None:
         ]
         tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
 
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[bos],
         eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
@@ -174,7 +185,8 @@ def write_gemma_tokenizer(gguf_file: Path, folder: Path) -> None:
         unk_token=tokens[field("tokenizer.ggml.unknown_token_id")],
         model_max_length=field("gemma3.context_length"),
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    )
+    save_tokenizer(fast, folder)
 
 
 GEMMA_TENSORS = {
