@@ -120,6 +120,7 @@ class Engine:
 
     def ttft_ms(self, tokens: int) -> float:
         prompt = [self.prompt(tokens)]
+        self.seconds(prompt, 1)  # compiles what this length is the first to need
         first = self.seconds(prompt, 1)
         runs = max(2, min(50, int(1.5 / first)))
         return 1000 * statistics.median(self.seconds(prompt, 1) for _ in range(runs))

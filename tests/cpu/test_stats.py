@@ -35,6 +35,16 @@ def test_counters_of_all_processes_add_up(shared):
     assert total.density == 0.5
 
 
+def test_a_forked_child_has_counters_of_its_own(shared):
+    work()
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert len(os.listdir(shared)) == 2
+    assert stats.read_stats().sparse_tokens == 200
+
+
 def test_a_difference_is_what_happened_between(shared):
     work()
     before = stats.read_stats()

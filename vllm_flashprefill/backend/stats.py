@@ -80,12 +80,11 @@ class StatsRecorder:
     """The counters of this process; logs them at intervals where ``FLASHPREFILL_LOG_STATS`` asks for it."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self._lock = threading.Lock()
         directory = os.environ.get(ENV_STATS_DIR)
         shape = len(_FIELDS) + len(_REASONS)
         if directory and os.path.isdir(directory):
-            path = Path(directory) / f"{self.pid}.f64"
+            path = Path(directory) / f"{os.getpid()}.f64"
             # A process that is gone may have had this number: its counters are part of the sum and go on.
             known = path.exists() and path.stat().st_size == 8 * shape
             mapped = np.memmap(path, dtype=np.float64, mode="r+" if known else "w+", shape=shape)
