@@ -12,6 +12,8 @@ COMPILE := scripts/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
+# An engine is several processes. Without bytecode on the disk each compiles torch and vLLM again, which doubles its start.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

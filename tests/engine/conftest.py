@@ -16,6 +16,7 @@ from engine_job import RESULT, answer
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+LAYERS = 6
 
 # As little as possible is always kept, so that prompts of a few blocks have something to prune.
 BARE = {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0, "min_sparse_tokens": 0}
@@ -97,17 +98,18 @@ def free_engine():
     gc.collect()
 
 
-def run_engine(batches, *, env, **changes):
+def run_engine(batches, *, env, passes=({},), **changes):
     """Run batches through an engine core in its own process; see `engine_job`. changes: of `engine_arguments`.
 
     Returns:
-        ([{"answers", "stats"} of each batch], everything the processes wrote)
+        ([{"answers", "stats"} of each batch of each pass], everything the processes wrote)
     """
-    job = {"engine": engine_arguments(**{"max_model_len": 4096, **changes}), "batches": batches}
+    engine = engine_arguments(**{"max_model_len": 4096, **changes})
+    job = {"engine": engine, "batches": batches, "passes": list(passes)}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine_job.py")],
         cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT), **env),
+        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]), **env),
         input=json.dumps(job),
         capture_output=True,
         text=True,
@@ -140,10 +142,40 @@ def vllm_version():
     return re.match(r"\d+\.\d+\.\d+", vllm.__version__).group()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_dynamo():
+    """Eager engines have torch compile a few helpers of the sampler all the same, in every process for 10 seconds.
+
+    Not for the whole session: some of tests/cpu compile.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def model():
     if not MODEL.exists():
         pytest.skip(f"no model in {MODEL.relative_to(ROOT)}: run scripts/fetch_model.py")
+
+
+@pytest.fixture(scope="session")
+def few_layers(model, tmp_path_factory):
+    """Arguments for an engine of the model's first LAYERS layers, for tests to which all of them would only add time.
+
+    These layers prune little.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("few_layers")
+    config = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    with safe_open(MODEL / "model.safetensors", "pt") as weights:
+        layers = {name: re.search(r"layers\.(\d+)\.", name) for name in weights.keys()}
+        kept = [name for name, layer in layers.items() if layer is None or int(layer[1]) < LAYERS]
+        save_file({name: weights.get_tensor(name) for name in kept}, folder / "model.safetensors", {"format": "pt"})
+    return {"model": str(folder), "tokenizer": str(MODEL)}
 
 
 @pytest.fixture(scope="session")

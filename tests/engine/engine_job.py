@@ -1,9 +1,11 @@
 """Run prompts through a vLLM engine: a JSON job on stdin, a line with the batches' results.
 
-A job has `engine` (arguments of LLM) and `batches` (lists of [prompt token ids, tokens to generate]). FlashPrefill
-comes in by an import of the loader from the checkout.
+A job has `engine` (arguments of LLM), `batches` (lists of [prompt token ids, tokens to generate]), and `passes`: the
+batches are run once for each, under options of FlashPrefill that the running engine is given. FlashPrefill comes in by
+an import of the loader from the checkout.
 """
 
+import itertools
 import json
 import sys
 
@@ -40,13 +42,16 @@ def main():
     job = json.load(sys.stdin)
     load()
 
+    from evaluation.engine import configure
     from vllm import LLM
 
     from vllm_flashprefill import stats
 
     llm = LLM(**job["engine"])
     results = []
-    for batch in job["batches"]:
+    for options, batch in itertools.product(job["passes"], job["batches"]):
+        if options:
+            assert all(llm.collective_rpc(configure, args=(options,)))
         before = stats()
         answers = answer(llm, batch)
         results.append({"answers": answers, "stats": vars(stats() - before)})

@@ -1,7 +1,7 @@
 """alpha 0 keeps every block: whatever the scheduler makes of a batch, the answers are dense attention's."""
 
 import pytest
-from conftest import EXACT, assert_same, engine
+from conftest import EXACT, LAYERS, assert_same, engine
 
 EDGES = [1, 127, 128, 129]
 RAGGED = [200, 256, 300, 333, 411, 512]
@@ -31,15 +31,15 @@ def requests(text_ids):
 
 
 @pytest.fixture(scope="module")
-def dense(requests):
-    with engine() as generate:
+def dense(requests, few_layers):
+    with engine(**few_layers) as generate:
         return {name: generate(batch)[0] for name, batch in requests.items()}
 
 
 @pytest.fixture(scope="module")
-def exact(requests):
+def exact(requests, few_layers):
     """(answers, stats) by name, from one engine."""
-    with engine(EXACT, enable_prefix_caching=True) as generate:
+    with engine(EXACT, enable_prefix_caching=True, **few_layers) as generate:
         return {name: generate(requests[name]) for name in ("one", "edges", "ragged", "first", "hits")}
 
 
@@ -48,10 +48,10 @@ def test_one_prompt_edge_lengths_and_a_ragged_batch(exact, dense):
     for name in ("one", "edges", "ragged"):
         answers, stats[name] = exact[name]
         assert_same(answers, dense[name])
-    assert stats["one"].sparse_tokens == 30 * 1300
+    assert stats["one"].sparse_tokens == LAYERS * 1300
     assert stats["one"].density == 1.0
-    assert stats["edges"].sparse_tokens == 30 * 129  # the others have nothing to prune
-    assert stats["ragged"].sparse_tokens == 30 * sum(RAGGED)
+    assert stats["edges"].sparse_tokens == LAYERS * 129  # the others have nothing to prune
+    assert stats["ragged"].sparse_tokens == LAYERS * sum(RAGGED)
 
 
 def test_prefix_cache_hit(exact, dense):
@@ -63,16 +63,17 @@ def test_prefix_cache_hit(exact, dense):
 
 
 @pytest.mark.parametrize("tokens_per_step", [512, 1000])
-def test_chunks_while_other_requests_decode(requests, dense, tokens_per_step):
-    with engine(EXACT, max_num_batched_tokens=tokens_per_step, enable_chunked_prefill=True) as generate:
+def test_chunks_while_other_requests_decode(requests, dense, few_layers, tokens_per_step):
+    changes = {**few_layers, "max_num_batched_tokens": tokens_per_step, "enable_chunked_prefill": True}
+    with engine(EXACT, **changes) as generate:
         answers, stats = generate(requests["chunked"])
     assert_same(answers, dense["chunked"])
     assert stats.density == 1.0
-    assert stats.dense_tokens["decode"] >= 30 * 2 * 11
-    assert stats.sparse_tokens > 30 * 2300
+    assert stats.dense_tokens["decode"] >= LAYERS * 2 * 11
+    assert stats.sparse_tokens > LAYERS * 2300
 
 
-def test_preemption_and_recompute(requests, dense):
+def test_preemption_and_recompute(requests, dense, few_layers):
     def preemptions():
         return sum(
             metric.value for metric in generate.llm.get_metrics() if metric.name.startswith("vllm:num_preemptions")
@@ -85,9 +86,10 @@ def test_preemption_and_recompute(requests, dense):
         block_size=128,
         max_model_len=1024,
         disable_log_stats=False,
+        **few_layers,
     ) as generate:
         before = preemptions()
         answers, stats = generate(requests["preempted"])
         assert preemptions() - before >= 1
     assert_same(answers, dense["preempted"])
-    assert stats.sparse_tokens > 30 * 3 * 620
+    assert stats.sparse_tokens > LAYERS * 3 * 620

@@ -47,31 +47,37 @@ def batches(text_ids):
     ]
 
 
-def on_two_ranks(small_model, batches, options):
-    env = {f"FLASHPREFILL_{name.upper()}": str(value) for name, value in options.items()}
+@pytest.fixture(scope="module")
+def on_two_ranks(small_model, batches):
+    """[(answers, stats) of each batch] at alpha 0 and sparse, from one engine."""
     # The engine core stays in one process with its client, so that it has all prompts when it makes up the first step;
-    # the ranks are processes of their own. vLLM would bind each rank's threads to a NUMA node.
-    env |= {
+    # the ranks are processes of their own. vLLM would bind each rank's threads to a NUMA node. The last lets an option
+    # be changed in the ranks.
+    env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     }  # fmt: skip
-    results, log = run_engine(batches, env=env, tensor_parallel_size=RANKS, **small_model)
-    return [(result["answers"], result["stats"]) for result in results], log
+    env |= {f"FLASHPREFILL_{name.upper()}": str(value) for name, value in SPARSE.items()}
+    passes = [{"alpha": 0.0}, {"alpha": SPARSE["alpha"]}]
+    results, _ = run_engine(batches, env=env, passes=passes, tensor_parallel_size=RANKS, **small_model)
+    results = [(result["answers"], result["stats"]) for result in results]
+    return results[: len(batches)], results[len(batches) :]
 
 
-def test_alpha_0_on_two_ranks_gives_the_default_backends_tokens(small_model, batches):
+def test_alpha_0_on_two_ranks_gives_the_default_backends_tokens(small_model, batches, on_two_ranks):
     with engine(**small_model) as generate:
         expected = [generate(batch)[0] for batch in batches]
-    results, _ = on_two_ranks(small_model, batches, {**SPARSE, "alpha": 0.0})
+    results, _ = on_two_ranks
     for (answers, stats), other in zip(results, expected, strict=True):
         assert_same(answers, other)
         assert stats["kept_blocks"] == stats["visible_blocks"] > 0
     assert results[0][1]["sparse_tokens"] == RANKS * LAYERS * 1500
 
 
-def test_two_ranks_keep_the_blocks_that_one_keeps(small_model, batches):
+def test_two_ranks_keep_the_blocks_that_one_keeps(small_model, batches, on_two_ranks):
     with engine(SPARSE, **small_model) as generate:
         expected = [generate(batch) for batch in batches]
-    results, _ = on_two_ranks(small_model, batches, SPARSE)
+    _, results = on_two_ranks
     for (answers, stats), (other, other_stats) in zip(results, expected, strict=True):
         # Each rank counts its own heads' blocks.
         assert stats["visible_blocks"] == other_stats.visible_blocks
