@@ -72,7 +72,8 @@ install_engine() {
 
 install_project() {
     step "installing this project (editable)"
-    pip install "${pip_options[@]}" --no-deps --no-build-isolation -e .
+    # Each environment's installation writes the same files of the checkout.
+    flock setup.py "$venv/bin/python" -m pip install "${pip_options[@]}" --no-deps --no-build-isolation -e .
     echo "$project_hash" >"$project_stamp"
 }
 
