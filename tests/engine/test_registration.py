@@ -209,6 +209,15 @@ def test_bad_additional_config_stops_before_a_model_loads(options, message, monk
     assert str(error.value) == message
 
 
+def test_heads_that_two_ranks_cannot_share_are_vllms_own_error():
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_flashprefill.register()
+    message = "Total number of attention heads (9) must be divisible by tensor parallel size (2)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EngineArgs(**engine_arguments(tensor_parallel_size=2)).create_engine_config()
+
+
 @pytest.mark.parametrize("other", OTHERS)
 def test_the_loader_of_another_version_names_the_right_one(other):
     with pytest.raises(RuntimeError, match=f"{other} is not for the installed vLLM .*; import {LOADER} instead"):
