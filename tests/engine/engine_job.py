@@ -5,7 +5,6 @@ batches are run once for each, under options of FlashPrefill that the running en
 an import of the loader from the checkout.
 """
 
-import itertools
 import json
 import sys
 
@@ -49,12 +48,13 @@ def main():
 
     llm = LLM(**job["engine"])
     results = []
-    for options, batch in itertools.product(job["passes"], job["batches"]):
+    for options in job["passes"]:
         if options:
             assert all(llm.collective_rpc(configure, args=(options,)))
-        before = stats()
-        answers = answer(llm, batch)
-        results.append({"answers": answers, "stats": vars(stats() - before)})
+        for batch in job["batches"]:
+            before = stats()
+            answers = answer(llm, batch)
+            results.append({"answers": answers, "stats": vars(stats() - before)})
     print("\n" + RESULT + json.dumps(results), flush=True)
 
 
