@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
+from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule
 
@@ -36,20 +37,20 @@ def _block_mean_kernel(
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
-    request_ptr = requests_ptr + tl.program_id(2) * 8
-    seq_len = tl.load(request_ptr + 2) + tl.load(request_ptr + 3)
+    request_ptr = requests_ptr + tl.program_id(2) * columns.REQUEST_COLUMNS
+    seq_len = tl.load(request_ptr + columns.QUERY_LEN) + tl.load(request_ptr + columns.CONTEXT_LEN)
     if block * BLOCK >= seq_len:
         return
 
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     mask_tokens = tokens < seq_len
     if PAGE_SIZE > 0:
-        table_row = tl.load(request_ptr + 5).to(tl.int64)
+        table_row = tl.load(request_ptr + columns.TABLE_ROW).to(tl.int64)
         pages = tl.load(block_table_ptr + table_row * stride_table + tokens // PAGE_SIZE, mask=mask_tokens, other=0)
         offs_tokens = pages.to(tl.int64) * stride_kp + (tokens % PAGE_SIZE).to(tl.int64) * stride_kt
     else:
-        batch = tl.load(request_ptr).to(tl.int64)
-        offs_tokens = batch * stride_kp + (tl.load(request_ptr + 4) + tokens).to(tl.int64) * stride_kt
+        batch = tl.load(request_ptr + columns.BATCH).to(tl.int64)
+        offs_tokens = batch * stride_kp + (tl.load(request_ptr + columns.KV_START) + tokens).to(tl.int64) * stride_kt
     offs_dim = tl.arange(0, HEAD_SIZE)
     # [BLOCK, HEAD_SIZE]
     k_ptrs = k_ptr + offs_tokens[:, None] + kv_head.to(tl.int64) * stride_kg + offs_dim[None, :]
@@ -60,7 +61,7 @@ def _block_mean_kernel(
     mean = tl.sum(k.to(tl.float32), axis=0) / tl.minimum(seq_len - block * BLOCK, BLOCK)
     mean *= load_scale(k_scale_ptr, kv_head, stride_k_scale)
     mean = tl.minimum(tl.maximum(mean, -65504.0), 65504.0)
-    row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6) + block
+    row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START) + block
     tl.store(mean_ptr + row * HEAD_SIZE + offs_dim, mean.to(mean_ptr.dtype.element_ty))
 
 

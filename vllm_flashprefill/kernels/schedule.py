@@ -15,28 +15,15 @@ import numpy as np
 import torch
 
 from vllm_flashprefill.config import BLOCK_SIZE
+from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.plan import StepPlan
 
 LIST_BYTES = 128 << 20
 
-# int32 columns of a request row; the kernels read them by number.
-REQUEST_COLUMNS = (
-    "batch",  # index along the batch dimension of q, and of k and v where they are not paged
-    "query_start",  # first token in q
-    "query_len",
-    "context_len",
-    "kv_start",  # first token in k and v where they are not paged
-    "table_row",  # row of the block table where they are
-    "mean_start",  # first row of its blocks in the mean keys
-    "first_tail_block",  # query blocks from here on attend to everything
-)
-# int32 columns of an item row: request, query block, first slot of its block lists (per head) in its slab.
-ITEM_COLUMNS = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One sequence and the chunk of it to attend; fields as in `REQUEST_COLUMNS`."""
+    """One sequence and the chunk of it to attend; fields as in `kernels.columns`."""
 
     query_len: int
     context_len: int
@@ -66,8 +53,8 @@ class Schedule:
     """A batch as the kernels see it.
 
     Attributes:
-        requests: [requests, 8] int32 on the device.
-        items: [items, 3] int32 on the device.
+        requests: [requests, REQUEST_COLUMNS] int32 on the device.
+        items: [items, ITEM_COLUMNS] int32 on the device.
         next_pair: [1] int32 on the device, a counter that is 0 between kernels.
         num_mean_rows: key blocks of all sequences.
         max_key_blocks: key blocks of the longest sequence.
@@ -93,20 +80,18 @@ def schedule_sequences(
     """The schedule of some sequences, none of them without queries. Does not wait for the device."""
     key_blocks = np.array([sequence.num_key_blocks for sequence in sequences], dtype=np.int64)
     mean_starts = np.cumsum(key_blocks) - key_blocks
-    requests = np.empty((len(sequences), len(REQUEST_COLUMNS)), dtype=np.int32)
+    requests = np.empty((len(sequences), columns.REQUEST_COLUMNS), dtype=np.int32)
     indices, blocks, dense = [], [], []
     for row, sequence in enumerate(sequences):
         tail = -(-sequence.prompt_len // BLOCK_SIZE) - num_dense_tail_blocks
-        requests[row] = (
-            sequence.batch,
-            sequence.query_start,
-            sequence.query_len,
-            sequence.context_len,
-            sequence.kv_start,
-            sequence.table_row,
-            mean_starts[row],
-            tail,
-        )
+        requests[row, columns.BATCH] = sequence.batch
+        requests[row, columns.QUERY_START] = sequence.query_start
+        requests[row, columns.QUERY_LEN] = sequence.query_len
+        requests[row, columns.CONTEXT_LEN] = sequence.context_len
+        requests[row, columns.KV_START] = sequence.kv_start
+        requests[row, columns.TABLE_ROW] = sequence.table_row
+        requests[row, columns.MEAN_START] = mean_starts[row]
+        requests[row, columns.FIRST_TAIL_BLOCK] = tail
         block = np.arange(sequence.context_len // BLOCK_SIZE, sequence.num_key_blocks)
         indices.append(np.full(len(block), row))
         blocks.append(block)
@@ -118,13 +103,13 @@ def schedule_sequences(
     # A slab holds at least one item, however long its lists.
     ends = np.cumsum(block + 1)
     slots_at_once = max(int(list_bytes) // (4 * num_heads), 1)
-    items = np.empty((len(block), ITEM_COLUMNS), dtype=np.int32)
-    items[:, 0], items[:, 1] = index, block
+    items = np.empty((len(block), columns.ITEM_COLUMNS), dtype=np.int32)
+    items[:, columns.REQUEST], items[:, columns.QUERY_BLOCK] = index, block
     slabs = []
     first, used = 0, 0
     while first < len(block):
         last = max(int(np.searchsorted(ends, used + slots_at_once, side="right")), first + 1)
-        items[first:last, 2] = ends[first:last] - (block[first:last] + 1) - used
+        items[first:last, columns.LIST_SLOT] = ends[first:last] - (block[first:last] + 1) - used
         slabs.append(Slab(first, last - first, int(is_dense[first:last].sum()), int(ends[last - 1]) - used))
         first, used = last, int(ends[last - 1])
 

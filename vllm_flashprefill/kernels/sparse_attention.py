@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
+from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs, num_multiprocessors
 from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
@@ -117,19 +118,19 @@ def _sparse_attention_kernel(
             work += num_dense + within // GROUP * NUM_HEADS
     head = work % NUM_HEADS
     kv_head = head // GROUP
-    item_ptr = items_ptr + (first_item + work // NUM_HEADS) * 3
-    request_ptr = requests_ptr + tl.load(item_ptr) * 8
-    query_block = tl.load(item_ptr + 1)
-    list_start = tl.load(item_ptr + 2).to(tl.int64) * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
-    list_ptr = lists_ptr + list_start
+    item_ptr = items_ptr + (first_item + work // NUM_HEADS) * columns.ITEM_COLUMNS
+    request_ptr = requests_ptr + tl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
+    query_block = tl.load(item_ptr + columns.QUERY_BLOCK)
+    list_slot = tl.load(item_ptr + columns.LIST_SLOT).to(tl.int64)
+    list_ptr = lists_ptr + (list_slot * NUM_HEADS + head.to(tl.int64) * (query_block + 1))
     count = tl.load(counts_ptr + work)
-    batch = tl.load(request_ptr)
-    query_len = tl.load(request_ptr + 2)
-    context_len = tl.load(request_ptr + 3)
-    kv_start = tl.load(request_ptr + 4)
+    batch = tl.load(request_ptr + columns.BATCH)
+    query_len = tl.load(request_ptr + columns.QUERY_LEN)
+    context_len = tl.load(request_ptr + columns.CONTEXT_LEN)
+    kv_start = tl.load(request_ptr + columns.KV_START)
     seq_len = context_len + query_len
     if PAGE_SIZE > 0:
-        table_row_ptr = block_table_ptr + tl.load(request_ptr + 5).to(tl.int64) * stride_table
+        table_row_ptr = block_table_ptr + tl.load(request_ptr + columns.TABLE_ROW).to(tl.int64) * stride_table
         k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_kg
         v_head_ptr = v_ptr + kv_head.to(tl.int64) * stride_vg
     else:
@@ -142,7 +143,7 @@ def _sparse_attention_kernel(
     offs_dim = tl.arange(0, HEAD_SIZE)
     rows = query_block * BLOCK + offs_m - context_len
     mask_rows = (rows >= 0) & (rows < query_len)
-    offs_rows = (tl.load(request_ptr + 1) + rows).to(tl.int64)
+    offs_rows = (tl.load(request_ptr + columns.QUERY_START) + rows).to(tl.int64)
     # [BLOCK, HEAD_SIZE]
     q_ptrs = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_ptrs = q_ptrs + offs_rows[:, None] * stride_qt + offs_dim[None, :]
