@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from vllm_flashprefill.api import DTYPES, HEAD_SIZES, flash_prefill
+from vllm_flashprefill.api import flash_prefill
 from vllm_flashprefill.backend.routing import DenseReason, request_dense_reason
 from vllm_flashprefill.backend.stats import Stats
+from vllm_flashprefill.checks import DTYPES, HEAD_SIZES
 from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
 
 NAME = "flashprefill"

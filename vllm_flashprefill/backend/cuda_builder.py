@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_flashprefill.api import DTYPES, PAGE_SIZE_MULTIPLE, flash_prefill_paged
+from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.builder import NO_STEP, FlashPrefillBuilderMixin
 from vllm_flashprefill.backend.cuda_impl import CUDAFlashPrefillImplMixin
+from vllm_flashprefill.checks import DTYPES, PAGE_SIZE_MULTIPLE
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import SparseRequest, StepPlan
 
 logger = logging.getLogger("vllm.flashprefill")
@@ -93,13 +95,11 @@ def compile_kernels(
         length = 256
         num_pages = -(-length // page_size)
         cache = new_cache(num_pages, page_size, impl.num_kv_heads, impl.head_size, dtype, device).zero_()
-        k_cache, v_cache = impl.paged_kv(cache)
+        table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
         q = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
         flash_prefill_paged(
             q,
-            k_cache,
-            v_cache,
-            torch.arange(num_pages, dtype=torch.int32, device=device)[None],
+            KeyValues(*impl.paged_kv(cache), table),
             StepPlan((SparseRequest(0, 0, length, 0, length),), np.empty(0, dtype=np.int64), {}),
             config=config,
             softmax_scale=impl.scale,

@@ -8,8 +8,9 @@ import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
-from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule
+from vllm_flashprefill.key_values import KeyValues
 
 # Means are kept in float16 whatever the keys are: 8 times finer than bfloat16, and a mean key beyond its range
 # (65504) is no real model's; such a value is clamped.
@@ -65,46 +66,33 @@ def _block_mean_kernel(
     tl.store(mean_ptr + row * HEAD_SIZE + offs_dim, mean.to(mean_ptr.dtype.element_ty))
 
 
-def block_mean(
-    k: torch.Tensor,
-    schedule: Schedule,
-    block_table: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    *,
-    k_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The mean key of each block of each scheduled sequence.
-
-    Args:
-        k: [batch, tokens, G, D], or with a block table the cache [num_pages, page_size, G, D]; any strides but
-            the last, which is 1. e4m3 if its dtype is that or uint8.
-        block_table: [rows, max pages] int32.
-        k_scale: float32 of one element or [G], what e4m3 keys are multiplied by; 1 if None.
+def block_mean(kv: KeyValues, schedule: Schedule, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean key of each block of each scheduled request.
 
     Returns:
-        [G, schedule.num_mean_rows, D] in float16.
+        out, [G, schedule.num_mean_rows, D] in float16, made if None.
     """
-    k = e4m3_codes(k)
-    num_kv_heads, head_size = k.shape[2:]
+    k, _ = kv.codes()
+    head_size = k.shape[3]
     if out is None:
-        out = k.new_empty((num_kv_heads, schedule.num_mean_rows, head_size), dtype=MEAN_DTYPE)
-    grid = (schedule.max_key_blocks, num_kv_heads, len(schedule.requests))
+        out = k.new_empty((kv.num_heads, schedule.num_mean_rows, head_size), dtype=MEAN_DTYPE)
+    grid = (schedule.max_key_blocks, kv.num_heads, len(schedule.requests))
     _block_mean_kernel[grid](
         k,
         out,
-        block_table,
+        kv.block_table,
         schedule.requests,
-        k_scale,
+        kv.k_scale,
         k.stride(0),
         k.stride(1),
         k.stride(2),
-        0 if block_table is None else block_table.stride(0),
-        scale_stride(k_scale),
+        kv.table_stride,
+        scale_stride(kv.k_scale),
         out.shape[1],
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
-        PAGE_SIZE=0 if block_table is None else k.shape[1],
-        FP8=k.dtype == torch.uint8,
+        PAGE_SIZE=kv.page_size,
+        FP8=kv.fp8,
         FP8_NATIVE=has_e4m3_instruction(k.device),
         num_warps=4,
     )

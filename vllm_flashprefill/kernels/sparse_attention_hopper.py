@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,8 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
+from vllm_flashprefill.kernels.configs import num_multiprocessors
+from vllm_flashprefill.kernels.descriptors import Matrix
+from vllm_flashprefill.kernels.schedule import Schedule, Slab
+from vllm_flashprefill.key_values import KeyValues
+
+LOG2_E = math.log2(math.e)
 
 # Triton 3.5 takes the default partition, the workers and their arguments apart.
 _TRITON_3_5 = gl.constexpr("default_partition" in inspect.signature(gl.warp_specialize).parameters)
@@ -384,3 +393,58 @@ def _sparse_attention_hopper_kernel(
             [4, 1], [240, 24],
         )
     # fmt: on
+
+
+def sparse_attention_hopper(
+    q: torch.Tensor,
+    kv: KeyValues,
+    schedule: Schedule,
+    slab: Slab,
+    *,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    softmax_scale: float,
+    out: torch.Tensor,
+    q_matrix: Matrix,
+    matrix: Matrix,
+    num_warps: int,
+) -> None:
+    """`sparse_attention` by this kernel. q_matrix, matrix: how q, and k and v alike, lie as matrices."""
+    num_heads, head_size = q.shape[2:]
+    num_pairs = slab.num_items * num_heads
+    layout = tile_layout(kv.k.element_size())
+    box = box_rows(kv.page_size, BLOCK_SIZE)
+    _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
+        out,
+        # A warpgroup's half of a query block.
+        TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
+        TensorDescriptor(kv.k, matrix.shape, matrix.strides, [box, PANEL], layout),
+        TensorDescriptor(kv.v, matrix.shape, matrix.strides, [box, PANEL], layout),
+        kv.block_table,
+        schedule.requests,
+        schedule.items,
+        lists,
+        counts,
+        schedule.next_pair,
+        slab.first_item,
+        slab.num_dense_items,
+        num_pairs,
+        q_matrix.rows_per_batch,
+        q_matrix.rows_per_head,
+        matrix.rows_per_batch,
+        matrix.rows_per_head,
+        softmax_scale * LOG2_E,
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        kv.table_stride,
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // kv.num_heads,
+        HEAD_SIZE=head_size,
+        BLOCK=BLOCK_SIZE,
+        BOX=box,
+        PAGE_SIZE=kv.page_size,
+        Q_COLUMNS=q_matrix.columns_per_head,
+        KV_COLUMNS=matrix.columns_per_head,
+        num_warps=num_warps,
+    )
