@@ -309,7 +309,7 @@ def test_batched_cpu_attention_gathers_in_pieces(monkeypatch):
     request_strategy,
     st.sampled_from([{"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 0.8}, {"min_share": 0.1}, {"min_share": 0.3}]),
     st.sampled_from([(4, 2), (3, 3), (4, 1)]),
-    st.sampled_from([1, 1 << 20]),
+    st.sampled_from([1, 2 << 20]),
     st.integers(0, 2**31),
 )
 def test_batched_cpu_selection_equals_the_reference(request_shape, options, heads, logit_bytes, seed):

@@ -8,7 +8,7 @@ from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.cpu.blocks import in_blocks
 
 # Logits of the query blocks that are scored together take at most this many bytes.
-LOGIT_BYTES = 16 << 20
+LOGIT_BYTES = 2 << 20
 
 
 def block_select_cpu(
