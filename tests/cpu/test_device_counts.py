@@ -70,7 +70,11 @@ def test_the_cpu_counts_what_it_keeps():
     table = torch.randperm(100, dtype=torch.int32)[:90].view(3, 30).repeat(1, 2)
     counts = torch.zeros(2, dtype=torch.int64)
     kv = KeyValues(k_cache, v_cache, table)
-    flash_prefill_paged(q, kv, plan, config=config, softmax_scale=3.0, out=out, block_counts=counts)
+    marks = []
+    flash_prefill_paged(
+        q, kv, plan, config=config, softmax_scale=3.0, out=out, block_counts=counts, mark=lambda: marks.append(None)
+    )
+    assert len(marks) == 1 + 2 * len(plan.sparse)
     kept = 0
     for request in plan.sparse:
         pages = table[request.index, : -(-request.seq_len // 16)].long()
