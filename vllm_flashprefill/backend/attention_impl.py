@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.builder import FlashPrefillStep
-from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
 from vllm_flashprefill.backend.layer_routing import layer_dense_reason
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.counters import recorder
-from vllm_flashprefill.plan import SparseRequest
-from vllm_flashprefill.reference import gather_pages, select_blocks_ref
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.routing import DenseReason
 
 
@@ -102,49 +102,24 @@ class CPUFlashPrefillImplMixin(FlashPrefillImplMixin):
         if step.dense_metadata is not None:
             rows = step.dense_rows
             out[rows] = self.forward_dense(layer, q[rows], key[rows], value[rows], kv_cache, step.dense_metadata)
-        k_pages, v_pages = self.paged_kv(kv_cache)
-        for request in step.plan.sparse:
-            pages = step.block_table[request.index]
-            out[request.query_slice] = self._attend_request(q[request.query_slice], k_pages, v_pages, pages, request)
-        return out.view(query.shape) if output is None else output
-
-    def _attend_request(
-        self,
-        q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        pages: torch.Tensor,
-        request: SparseRequest,
-    ) -> torch.Tensor:
-        config = self.flashprefill_config
-        started = time.perf_counter()
-        k = gather_pages(k_pages, pages, request.seq_len)
-        mask = select_blocks_ref(
+        kv = KeyValues(*self.paged_kv(kv_cache), step.block_table)
+        counts = torch.zeros(2, dtype=torch.int64)
+        marks: list[float] = []
+        flash_prefill_paged(
             q,
-            k,
-            context_len=request.context_len,
-            prompt_len=request.prompt_len,
-            config=config,
+            kv,
+            step.plan,
+            config=self.flashprefill_config,
             softmax_scale=self.scale,
+            out=out,
+            block_counts=counts,
+            mark=lambda: marks.append(time.perf_counter()),
         )
-        selected = time.perf_counter()
-        result = sparse_attention_cpu(
-            q,
-            k,
-            gather_pages(v_pages, pages, request.seq_len),
-            mask,
-            context_len=request.context_len,
-            block_size=config.block_size,
-            softmax_scale=self.scale,
-        )
+        seconds = [end - start for start, end in itertools.pairwise(marks)]
         recorder().add_sparse(
-            request.query_len,
-            kept_blocks=int(mask.sum()),
-            visible_blocks=request.visible_blocks * self.num_heads,
-            selection=selected - started,
-            attention=time.perf_counter() - selected,
+            step.plan.num_sparse_tokens, *counts.tolist(), selection=sum(seconds[::2]), attention=sum(seconds[1::2])
         )
-        return result
+        return out.view(query.shape) if output is None else output
 
     def write_kv(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from vllm_flashprefill.api import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE, flash_prefill_paged
+from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
 from vllm_flashprefill.backend.builder import FlashPrefillStep
 from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.backend.layer_routing import impl_dense_reason
 from vllm_flashprefill.backend.stage_times import stage_times
+from vllm_flashprefill.checks import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.kernels.workspace import scratch_bytes, shared_workspace
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.routing import DenseReason
 
 
@@ -84,14 +86,11 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
         self.write_kv(layer, key, value, kv_cache, attn_metadata)
         if step.dense_metadata is not None:
             self._forward_dense(layer, query, key, value, kv_cache, step, output)
-        k_cache, v_cache = self.paged_kv(kv_cache)
         counts = device_counts(query.device)
         # Rows of padding, at the end of query and output, belong to no request.
         flash_prefill_paged(
             query,
-            k_cache,
-            v_cache,
-            step.block_table,
+            KeyValues(*self.paged_kv(kv_cache), step.block_table),
             step.plan,
             config=self.flashprefill_config,
             softmax_scale=self.scale,
