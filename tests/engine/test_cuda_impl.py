@@ -319,11 +319,12 @@ class Classes:
 
 @contextlib.contextmanager
 def counted():
-    """The statistics of what happens inside, once it is over."""
+    """The statistics of what happens inside but for its seconds, once it is over."""
     result = SimpleNamespace()
     before = counters._to_stats(counters.recorder()._counters)
     yield result
-    result.stats = counters._to_stats(counters.recorder()._counters) - before
+    after = counters._to_stats(counters.recorder()._counters) - before
+    result.stats = dataclasses.replace(after, selection_seconds=0.0, attention_seconds=0.0)
 
 
 def assert_dense(step, out):
