@@ -333,17 +333,17 @@ def test_a_causal_mask_holds_whatever_the_layer_says_of_itself():
 
 def test_each_source_of_options_wins_over_the_next(monkeypatch):
     hf.register()
-    assert hf._config("llama", 128).alpha == PRESETS["llama"]["alpha"]
-    assert hf._config("qwen2_5_vl_text", 128).alpha == PRESETS["qwen2_5_vl"]["alpha"]
-    assert hf._config("llama", 64).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
-    assert hf._config("llama", 96) == FlashPrefillConfig()
+    assert hf.attention.layer_config("llama", 128).alpha == PRESETS["llama"]["alpha"]
+    assert hf.attention.layer_config("qwen2_5_vl_text", 128).alpha == PRESETS["qwen2_5_vl"]["alpha"]
+    assert hf.attention.layer_config("llama", 64).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
+    assert hf.attention.layer_config("llama", 96) == FlashPrefillConfig()
     hf.unregister()
     hf.register(alpha=0.3, num_sink_blocks=5)
-    assert hf._config("llama", 128).alpha == 0.3
+    assert hf.attention.layer_config("llama", 128).alpha == 0.3
     hf.unregister()
     monkeypatch.setenv("FLASHPREFILL_ALPHA", "0.2")
     hf.register(alpha=0.3, num_sink_blocks=5)
-    assert hf._config("llama", 128) == FlashPrefillConfig(alpha=0.2, num_sink_blocks=5)
+    assert hf.attention.layer_config("llama", 128) == FlashPrefillConfig(alpha=0.2, num_sink_blocks=5)
 
 
 @pytest.mark.parametrize(
