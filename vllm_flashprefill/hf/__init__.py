@@ -12,7 +12,9 @@ nothing counts it, and breaks the graph at a prefill. Options, presets and their
 """
 
 from vllm_flashprefill.hf.attention import flash_prefill_attention, stats
+from vllm_flashprefill.hf.flash_name import CONFIG_NAME, NAME
 from vllm_flashprefill.hf.mask import CausalMask, flash_prefill_mask
-from vllm_flashprefill.hf.registration import NAME, register, unregister
+from vllm_flashprefill.hf.registration import register, unregister
 
-__all__ = ["NAME", "CausalMask", "flash_prefill_attention", "flash_prefill_mask", "register", "stats", "unregister"]
+__all__ = ["CONFIG_NAME", "NAME", "CausalMask", "flash_prefill_attention", "flash_prefill_mask"]
+__all__ += ["register", "stats", "unregister"]

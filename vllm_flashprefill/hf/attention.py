@@ -145,7 +145,8 @@ def _layer_reason(
         layer_index = getattr(module, "layer_idx", None)
         if layer_index is None or layer_index < config.num_dense_layers:
             return DenseReason.DENSE_LAYER
-    if arguments["dropout"] or (torch.is_grad_enabled() and any(x.requires_grad for x in qkv)):
+    # Reentrant checkpointing runs a layer without gradients first: only `training` says that it trains.
+    if module.training or arguments["dropout"] or (torch.is_grad_enabled() and any(x.requires_grad for x in qkv)):
         return DenseReason.TRAINING
     if query.device.type not in ("cpu", "cuda"):
         return DenseReason.DEVICE

@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from vllm_flashprefill.backend.routing import DenseReason
 
+aten = torch.ops.aten
+
 
 class CausalMask(torch.Tensor):
     """The causal mask of an unpadded batch, [batch, 1, T, S] bool, which takes no memory until something reads it.
 
-    Sparse layers and dense ones without context do not. A mask that was read or changed by model code is
-    an unknown one from then on.
+    Sparse layers and dense ones without context do not, and a copy, on another device too, is a mask of the same kind.
+    A mask that was read or changed by model code is an unknown one from then on.
 
     Attributes:
         context_len: tokens before the first query; keys from context_len + T on hold no tokens yet.
         reason: why layers with this mask are dense, or None.
-        was_read: whether any PyTorch operation has seen the mask.
+        was_read: whether any PyTorch operation but a copy has seen the mask.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
-    def __new__(cls, shape: tuple[int, ...], device: torch.device, *args: Any) -> CausalMask:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        device: torch.device,
-        make: Callable[[], torch.Tensor],
-        context_len: int,
-        reason: DenseReason | None,
-    ) -> None:
-        self.context_len, self.reason, self.was_read = context_len, reason, False
-        self._make = functools.cache(make)
+    def __new__(
+        cls, shape: tuple[int, ...], device: torch.device, context_len: int, reason: DenseReason | None
+    ) -> CausalMask:
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask.context_len, mask.reason, mask.was_read, mask._made = context_len, reason, False, None
+        return mask
 
     def materialise(self) -> torch.Tensor:
-        return self._make()
+        if self._made is None:
+            allowed = torch.ones(self.shape[-2:], dtype=torch.bool, device=self.device).tril_(self.context_len)
+            self._made = allowed.expand(self.shape)
+        return self._made
 
     def is_whole(self, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether the mask is as it was made, and made for these queries and keys."""
         return not self.was_read and self.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
+
+    def _copy(self, device: torch.device) -> CausalMask:
+        copy = CausalMask(self.shape, device, self.context_len, self.reason)
+        if self.was_read:
+            copy.was_read, copy._made = True, self.materialise().to(device, copy=True)
+        return copy
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +55,15 @@ class CausalMask(torch.Tensor):
             mask.was_read = True
             return mask.materialise()
 
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, read, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if func is aten.detach.default:
+            return args[0]
+        if func.overloadpacket is aten.to:
+            # Inference mode asks for it whole.
+            return func.decompose(*args, **kwargs)
+        if func in (aten.clone.default, aten._to_copy.default) and kwargs.get("dtype") in (None, torch.bool):
+            return args[0]._copy(kwargs.get("device") or args[0].device)
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, read, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -86,13 +97,9 @@ def _prefill_mask(query_len: int, arguments: Mapping[str, Any]) -> torch.Tensor 
     is_padded = padding is not None and (padding.shape[-1] < seq_len or not bool(padding[:, :seq_len].all()))
     reason = DenseReason.SLIDING_WINDOW if window is not None else DenseReason.PADDING if is_padded else None
     if is_causal and context_len is not None and not is_padded:
-        return CausalMask(
-            (arguments["batch_size"], 1, query_len, kv_len),
-            arguments["device"] if "device" in arguments else arguments["cache_position"].device,
-            functools.partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False}),
-            context_len,
-            reason,
-        )
+        shape = (arguments["batch_size"], 1, query_len, kv_len)
+        device = arguments["device"] if "device" in arguments else arguments["cache_position"].device
+        return CausalMask(shape, device, context_len, reason)
     mask = sdpa_mask(**arguments)
     if mask is not None:
         mask.flashprefill_reason = reason or DenseReason.CUSTOM_MASK

@@ -6,9 +6,9 @@ from typing import Any
 
 from vllm_flashprefill.config import FlashPrefillConfig, env_options
 from vllm_flashprefill.hf import attention, flash_name
+from vllm_flashprefill.hf.flash_name import CONFIG_NAME, NAME
 from vllm_flashprefill.hf.mask import flash_prefill_mask
 
-NAME = "flashprefill"
 OLDEST_TRANSFORMERS = "4.56"
 
 # The options given in code; None where nothing is registered.
@@ -40,9 +40,10 @@ def register(**options: Any) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    flash_name.replace_check(NAME)
-    AttentionInterface.register(NAME, attention.flash_prefill_attention)
-    AttentionMaskInterface.register(NAME, flash_prefill_mask)
+    flash_name.install()
+    for name in (NAME, CONFIG_NAME):
+        AttentionInterface.register(name, attention.flash_prefill_attention)
+        AttentionMaskInterface.register(name, flash_prefill_mask)
     _options = options
     attention.use_options(environ, options)
 
@@ -59,9 +60,10 @@ def unregister() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface._global_mapping.pop(NAME, None)
-    AttentionMaskInterface._global_mapping.pop(NAME, None)
-    flash_name.restore_check()
+    for name in (NAME, CONFIG_NAME):
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+    flash_name.remove()
     _options = None
 
 
