@@ -101,7 +101,6 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
         raise
     on_revert(functools.partial(_restore_variable, ENV_ENABLE, os.environ.get(ENV_ENABLE)))
     os.environ[ENV_ENABLE] = "1"
-    stats.share_stats()
     on_revert(stats.unshare_stats)
     on_revert(_unwatch_model_runner)
     _registered = name
@@ -202,6 +201,8 @@ def _check_options_before_a_model_loads() -> None:
             _check_device()
             logger.info("FlashPrefill: %s", FlashPrefillConfig.from_vllm(vllm_config))
             _warn_if_all_is_dense(vllm_config)
+            # The processes of the engine are started after this.
+            stats.share_stats()
             return vllm_config
 
         return create_engine_config
