@@ -103,6 +103,7 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     os.environ[ENV_ENABLE] = "1"
     on_revert(stats.unshare_stats)
     on_revert(_unwatch_model_runner)
+    on_revert(functools.partial(_forget_module, loader_name))
     _registered = name
     logger.info("FlashPrefill is registered for vLLM %s", installed_vllm())
 
@@ -257,6 +258,13 @@ def _unwatch_model_runner() -> None:
         module = sys.modules.get(name)
         if module is not None:
             prompt_lengths.unwatch(module.GPUModelRunner, source)
+
+
+def _forget_module(name: str) -> None:
+    """Have the next import of a loader run it again."""
+    sys.modules.pop(name, None)
+    package, _, attribute = name.rpartition(".")
+    vars(sys.modules[package]).pop(attribute, None)
 
 
 def _restore_variable(name: str, value: str | None) -> None:
