@@ -13,6 +13,8 @@ from vllm_flashprefill.kernels.schedule import Schedule
 # Means are kept in float16 whatever the keys are: 8 times finer than bfloat16, and a mean key beyond its range
 # (65504) is no real model's; such a value is clamped.
 MEAN_DTYPE = torch.float16
+# What CUDA takes of a grid's third dimension.
+MAX_REQUESTS = 65_535
 
 
 @triton.jit(do_not_specialize=["num_mean_rows", "stride_table", "stride_k_scale"])
@@ -87,24 +89,26 @@ def block_mean(
     num_kv_heads, head_size = k.shape[2:]
     if out is None:
         out = k.new_empty((num_kv_heads, schedule.num_mean_rows, head_size), dtype=MEAN_DTYPE)
-    grid = (schedule.max_key_blocks, num_kv_heads, len(schedule.requests))
-    _block_mean_kernel[grid](
-        k,
-        out,
-        block_table,
-        schedule.requests,
-        k_scale,
-        k.stride(0),
-        k.stride(1),
-        k.stride(2),
-        0 if block_table is None else block_table.stride(0),
-        scale_stride(k_scale),
-        out.shape[1],
-        HEAD_SIZE=head_size,
-        BLOCK=BLOCK_SIZE,
-        PAGE_SIZE=0 if block_table is None else k.shape[1],
-        FP8=k.dtype == torch.uint8,
-        FP8_NATIVE=has_e4m3_instruction(k.device),
-        num_warps=4,
-    )
+    rows = schedule.requests
+    for requests in (rows,) if len(rows) <= MAX_REQUESTS else rows.split(MAX_REQUESTS):
+        grid = (schedule.max_key_blocks, num_kv_heads, len(requests))
+        _block_mean_kernel[grid](
+            k,
+            out,
+            block_table,
+            requests,
+            k_scale,
+            k.stride(0),
+            k.stride(1),
+            k.stride(2),
+            0 if block_table is None else block_table.stride(0),
+            scale_stride(k_scale),
+            out.shape[1],
+            HEAD_SIZE=head_size,
+            BLOCK=BLOCK_SIZE,
+            PAGE_SIZE=0 if block_table is None else k.shape[1],
+            FP8=k.dtype == torch.uint8,
+            FP8_NATIVE=has_e4m3_instruction(k.device),
+            num_warps=4,
+        )
     return out
