@@ -33,6 +33,39 @@ def test_route_of_a_request(query_len, context_len, prompt_len, reason):
     assert request_dense_reason(query_len, context_len, prompt_len, CONFIG) == reason
 
 
+@pytest.mark.parametrize(
+    ("query_len", "context_len", "prompt_len", "is_prefilling", "reason"),
+    [
+        # of unknown length: a decode with drafted tokens, or the end of a prompt
+        (5, 4000, None, None, DenseReason.DECODE),
+        (128, 4000, None, None, DenseReason.DECODE),
+        (129, 4000, None, None, None),
+        (5, 4000, None, True, None),
+        (1, 4000, None, True, DenseReason.DECODE),
+        (4000, 0, None, None, None),
+        (100, 0, None, None, DenseReason.SHORT_PROMPT),
+        # of known length
+        (5, 4000, 4005, None, None),
+        (5, 4000, 4005, True, None),
+        (5, 4000, 4005, False, DenseReason.DECODE),
+        (4000, 0, 4000, False, DenseReason.DECODE),
+        (2048, 2048, None, False, DenseReason.DECODE),
+    ],
+)
+def test_route_of_a_request_that_may_decode(query_len, context_len, prompt_len, is_prefilling, reason):
+    config = FlashPrefillConfig(min_sparse_tokens=1024, num_dense_tail_blocks=0)
+    assert request_dense_reason(query_len, context_len, prompt_len, config, is_prefilling) == reason
+    plan = plan_step(
+        np.array([0, query_len]),
+        np.array([context_len + query_len]),
+        config,
+        None if prompt_len is None else np.array([prompt_len]),
+        None if is_prefilling is None else np.array([is_prefilling]),
+    )
+    assert plan.dense_tokens == ({} if reason is None else {reason: query_len})
+    assert [request.prompt_len for request in plan.sparse] == [context_len + query_len] * (reason is None)
+
+
 def test_plan_of_a_mixed_step():
     # a decode, a short prompt, a whole long prompt, a later chunk of another
     query_lens, seq_lens, prompt_lens = [1, 100, 3000, 1000], [2000, 100, 3000, 3000], [2000, 100, 3000, 9000]

@@ -292,13 +292,10 @@ class Classes:
         Args:
             drafted: tokens of each request that were drafted before and not accepted, which the runner does not know.
         """
-        batch = SimpleNamespace(
-            num_reqs=len(step.requests),
-            num_computed_tokens_cpu=np.array([r.context_len for r in step.requests]) + drafted,
-            num_tokens_no_spec=np.array([r.seq_len + r.rest for r in step.requests]),
-        )
+        computed = np.array([r.context_len for r in step.requests]) + drafted
+        known = np.array([r.seq_len + r.rest for r in step.requests])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prompt_lengths, "_watched", (prompt_lengths.INPUT_BATCH, batch))
+            patch.setattr(prompt_lengths, "_watched", (computed, known))
             return self.builder.build(common_prefix_len, step.common(**changes))
 
     def forward(self, step, metadata, inputs=None, **scales):
