@@ -95,6 +95,6 @@ assert Kernel.grids == [(1, 3, 65_535), (1, 3, 65_535), (1, 3, 8_930)], Kernel.g
 
 block_mean._block_mean_kernel, block_mean.MAX_REQUESTS = kernel, 2
 config = sparse_config(alpha=0.3)
-check_all(make_batch(config=config, page_size=16, requests=[Request(150, 250), Request(1), Request(257)]), config, 0.125)
+check_all(make_batch(config=config, requests=[Request(150), Request(1), Request(129)]), config, 0.125)
 """
     )
