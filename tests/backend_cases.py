@@ -19,12 +19,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+from vllm_flashprefill import counters
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend import builder as builder_module
-from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.patches.registration import installed_vllm
+from vllm_flashprefill.patches.versions import installed_vllm
 
 MAX_TOKENS = 8192
 LAYER = "model.layers.1.self_attn.attn"
@@ -259,9 +259,9 @@ class Pair:
     """Our side and vLLM's own for one shape, and what is seen of vLLM's classes while `watched`."""
 
     def __init__(self, shape, device, full_graphs):
-        name = f"vllm_flashprefill.patches.vllm_{installed_vllm().replace('.', '_')}_cuda"
-        backend = importlib.import_module(name).FlashPrefillCUDABackend
-        own = backend.__mro__[1]
+        name = f"vllm_flashprefill.patches.vllm_{installed_vllm().replace('.', '_')}_flash_attn"
+        backend = importlib.import_module(name).FlashPrefillFlashAttnBackend
+        own = backend.__bases__[-1]
         self.shape, self.device = shape, device
         self.own_impl, self.own_builder = own.get_impl_cls(), own.get_builder_cls()
         self.vllms = Side(own, self.own_builder, shape, device, full_graphs)
@@ -513,7 +513,7 @@ def exact_attention(q, k, v, scale, most_logits=1 << 26):
 
 def counted():
     """(sparse tokens, dense tokens by reason) of this process so far."""
-    now = stats._to_stats(stats.recorder()._counters)
+    now = counters._to_stats(counters.recorder()._counters)
     return now.sparse_tokens, now.dense_tokens
 
 

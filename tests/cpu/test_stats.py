@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from vllm_flashprefill.backend import stats
-from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill import counters
+from vllm_flashprefill.routing import DenseReason
 
 
 @pytest.fixture
 def nothing_shared(monkeypatch):
     monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
     monkeypatch.delenv("FLASHPREFILL_LOG_STATS", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
+    monkeypatch.setattr(counters, "_recorder", None)
 
 
 @pytest.fixture
 def shared(nothing_shared):
-    stats.share_stats()
+    counters.share_stats()
     yield os.environ["FLASHPREFILL_STATS_DIR"]
-    stats.unshare_stats()
+    counters.unshare_stats()
 
 
 def work():
-    stats.recorder().add_sparse(100, kept_blocks=30, visible_blocks=60, selection=0.5, attention=1.5)
-    stats.recorder().add_dense(DenseReason.DECODE, 7)
+    counters.recorder().add_sparse(100, kept_blocks=30, visible_blocks=60, selection=0.5, attention=1.5)
+    counters.recorder().add_dense(DenseReason.DECODE, 7)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
@@ -39,7 +39,7 @@ def test_counters_of_all_processes_add_up(shared, method):
     child.join()
     assert child.exitcode == 0
     assert len(os.listdir(shared)) == 2, "each process has a file of its own"
-    total = stats.read_stats()
+    total = counters.read_stats()
     assert (total.sparse_tokens, total.kept_blocks, total.visible_blocks) == (200, 60, 120)
     assert total.dense_tokens == {"decode": 14}
     assert (total.selection_seconds, total.attention_seconds) == (1.0, 3.0)
@@ -49,12 +49,12 @@ def test_counters_of_all_processes_add_up(shared, method):
 # What an API server does as far as counters go, its engine within it.
 SERVER = """
 import json, os, sys
-from vllm_flashprefill.backend import stats
-from vllm_flashprefill.backend.routing import DenseReason
-stats.share_stats()
+from vllm_flashprefill import counters
+from vllm_flashprefill.routing import DenseReason
+counters.share_stats()
 sys.stdin.readline()
-stats.recorder().add_dense(DenseReason.DECODE, int(sys.argv[1]))
-print(json.dumps([os.environ["FLASHPREFILL_STATS_DIR"], stats.read_stats().dense_tokens]))
+counters.recorder().add_dense(DenseReason.DECODE, int(sys.argv[1]))
+print(json.dumps([os.environ["FLASHPREFILL_STATS_DIR"], counters.read_stats().dense_tokens]))
 """
 
 
@@ -70,13 +70,13 @@ def test_servers_of_one_launcher_count_for_themselves(shared):
     assert [counted for _, counted in answers] == [{"decode": 3}, {"decode": 5}]
     assert len({shared, *(folder for folder, _ in answers)}) == 3
     assert not any(os.path.exists(folder) for folder, _ in answers), "they go when their server ends"
-    assert stats.read_stats().dense_tokens == {"decode": 7}
+    assert counters.read_stats().dense_tokens == {"decode": 7}
 
 
 def serve(tokens, results):
-    stats.share_stats()
-    stats.recorder().add_dense(DenseReason.DECODE, tokens)
-    results.put(stats.read_stats().dense_tokens)
+    counters.share_stats()
+    counters.recorder().add_dense(DenseReason.DECODE, tokens)
+    results.put(counters.read_stats().dense_tokens)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
@@ -94,8 +94,8 @@ def test_servers_started_by_multiprocessing_count_for_themselves(nothing_shared,
 def test_a_server_counts_on_when_its_launcher_has_ended(nothing_shared, tmp_path):
     launcher = f"""
 import subprocess, sys
-from vllm_flashprefill.backend import stats
-stats.share_stats()
+from vllm_flashprefill import counters
+counters.share_stats()
 subprocess.Popen([sys.executable, "-c", {SERVER!r}, "3"], stdin=0, stdout=open(sys.argv[1], "w"))
 """
     answer = tmp_path / "answer"
@@ -113,16 +113,16 @@ subprocess.Popen([sys.executable, "-c", {SERVER!r}, "3"], stdin=0, stdout=open(s
 
 def test_a_folder_that_is_gone_is_made_anew(shared, monkeypatch):
     os.rmdir(shared)
-    stats.share_stats()
+    counters.share_stats()
     assert os.environ["FLASHPREFILL_STATS_DIR"] != shared
     work()
-    assert stats.read_stats().dense_tokens == {"decode": 7}
+    assert counters.read_stats().dense_tokens == {"decode": 7}
 
 
 @pytest.fixture
 def warnings(monkeypatch):
     warnings = []
-    monkeypatch.setattr(stats.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(counters.logger, "warning", lambda text, *values: warnings.append(text % values))
     return warnings
 
 
@@ -140,7 +140,7 @@ def test_without_a_file_a_process_counts_for_itself(shared, warnings, trouble):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(warnings) == 1 and "no file for the counters" in warnings[0], warnings
-    total = stats.read_stats()
+    total = counters.read_stats()
     assert (total.sparse_tokens, total.dense_tokens) == (200, {"decode": 14})
 
 
@@ -148,31 +148,31 @@ def test_without_a_folder_a_process_counts_for_itself(nothing_shared, warnings, 
     def full(prefix):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stats.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(counters.tempfile, "mkdtemp", full)
     monkeypatch.setenv("FLASHPREFILL_STATS_DIR", "/nowhere")
-    stats.share_stats()
+    counters.share_stats()
     work()
     assert len(warnings) == 1 and "No space left on device" in warnings[0], warnings
-    assert stats.read_stats().dense_tokens == {"decode": 7}
+    assert counters.read_stats().dense_tokens == {"decode": 7}
 
 
 def test_a_difference_is_what_happened_between(shared):
     work()
-    before = stats.read_stats()
-    stats.recorder().add_dense(DenseReason.SHORT_PROMPT, 5)
-    after = stats.read_stats() - before
-    assert after == stats.Stats(dense_tokens={"short_prompt": 5})
+    before = counters.read_stats()
+    counters.recorder().add_dense(DenseReason.SHORT_PROMPT, 5)
+    after = counters.read_stats() - before
+    assert after == counters.Stats(dense_tokens={"short_prompt": 5})
     assert after.density is None
 
 
 def test_nothing_registered_is_nothing_counted(monkeypatch):
     monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    assert stats.read_stats() == stats.Stats()
+    assert counters.read_stats() == counters.Stats()
 
 
 def test_what_the_log_says(shared):
     work()
-    assert str(stats.read_stats()) == (
+    assert str(counters.read_stats()) == (
         "density 50.0%, sparse 93.5% of 107 layer-tokens, selection 0.50 s, attention 1.50 s, dense: decode 7"
     )
 
@@ -181,13 +181,13 @@ def test_the_log_comes_at_intervals(shared, monkeypatch):
     lines = []
     now = [0.0]
     monkeypatch.setenv("FLASHPREFILL_LOG_STATS", "5")
-    monkeypatch.setattr(stats.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stats.logger, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(counters.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(counters.logger, "info", lambda text, *values: lines.append(text % values))
     for second in (1, 6, 7, 12, 18):
         now[0] = second
         if second < 12:
             work()
-        stats.recorder().step_done()
+        counters.recorder().step_done()
     assert len(lines) == 2, lines
     assert "of 214 layer-tokens" in lines[0]
     assert "of 107 layer-tokens" in lines[1]

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from backend_cases import Batch, Pair, Request, Shape, check, run_batches
 
-from vllm_flashprefill.backend import stats
+from vllm_flashprefill import counters
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,7 +62,7 @@ def plain_kernels(monkeypatch):
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", flash_attention, raising=False)
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", schedule, raising=False)
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 3)
-    monkeypatch.setattr(stats, "_recorder", None)
+    monkeypatch.setattr(counters, "_recorder", None)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vllm_flashprefill
-from vllm_flashprefill.backend import cuda_builder, prompt_lengths, stats
+from vllm_flashprefill import counters
+from vllm_flashprefill.backend import prompt_lengths, warmup
 from vllm_flashprefill.backend.device_counts import device_counts
-from vllm_flashprefill.backend.routing import DenseReason
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.routing import DenseReason
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
 SCALE = HEAD_SIZE**-0.5
@@ -31,12 +32,14 @@ EXACT = FlashPrefillConfig(alpha=0.0, **BARE)
 SPARSE = FlashPrefillConfig(alpha=0.4, **{**BARE, "num_dense_tail_blocks": 1})
 LAYER = "model.layers.1.self_attn.attn"
 
-version_module = importlib.import_module(f"vllm_flashprefill.patches.vllm_{vllm_version().replace('.', '_')}_cuda")
+version_module = importlib.import_module(
+    f"vllm_flashprefill.patches.vllm_{vllm_version().replace('.', '_')}_flash_attn"
+)
 attention = importlib.import_module(
     "vllm.v1.attention.backends.utils" if vllm_version() in ("0.10.0", "0.12.0") else "vllm.v1.attention.backend"
 )
 # Which dimension of a cache is of keys and values.
-KV_DIM = version_module.FlashPrefillCUDABackend.get_kv_cache_shape(16, 16, KV_HEADS, HEAD_SIZE).index(2)
+KV_DIM = version_module.FlashPrefillFlashAttnBackend.get_kv_cache_shape(16, 16, KV_HEADS, HEAD_SIZE).index(2)
 COMMON_FIELDS = {field.name for field in dataclasses.fields(attention.CommonAttentionMetadata)}
 
 
@@ -48,7 +51,7 @@ def model():
 @pytest.fixture(autouse=True)
 def own_counters(monkeypatch):
     """Engines that other tests start in this process make theirs, and other tests' counts are none of these."""
-    monkeypatch.setattr(stats, "_recorder", None)
+    monkeypatch.setattr(counters, "_recorder", None)
     device_counts.cache_clear()
 
 
@@ -153,7 +156,7 @@ class Request:
 
 def new_cache(num_pages, page_size, heads_first=False):
     """A cache laid out as vLLM's, and its [2, num_pages, page_size, G, D] view."""
-    shape = version_module.FlashPrefillCUDABackend.get_kv_cache_shape(num_pages, page_size, KV_HEADS, HEAD_SIZE)
+    shape = version_module.FlashPrefillFlashAttnBackend.get_kv_cache_shape(num_pages, page_size, KV_HEADS, HEAD_SIZE)
     cache = torch.full(shape, torch.nan, dtype=DTYPE)
     if heads_first:
         cache = cache.transpose(2, 3).contiguous().transpose(2, 3)
@@ -262,11 +265,11 @@ class Classes:
         from vllm.config import set_current_vllm_config
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        backend = version_module.FlashPrefillCUDABackend
+        backend = version_module.FlashPrefillFlashAttnBackend
         spec = dict(block_size=page_size, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=DTYPE, use_mla=False)
         spec = {name: value for name, value in spec.items() if name in FullAttentionSpec.__dataclass_fields__}
         arguments = dict(kv_cache_spec=FullAttentionSpec(**spec), layer_names=[LAYER], vllm_config=vllm_config)
-        known = inspect.signature(backend.__mro__[1].get_builder_cls().__init__).parameters
+        known = inspect.signature(backend.__bases__[-1].get_builder_cls().__init__).parameters
         impl = dict(
             num_heads=HEADS,
             head_size=HEAD_SIZE,
@@ -315,9 +318,9 @@ class Classes:
 def counted():
     """The statistics of what happens inside, once it is over."""
     result = SimpleNamespace()
-    before = stats._to_stats(stats.recorder()._counters)
+    before = counters._to_stats(counters.recorder()._counters)
     yield result
-    result.stats = stats._to_stats(stats.recorder()._counters) - before
+    result.stats = counters._to_stats(counters.recorder()._counters) - before
 
 
 def assert_dense(step, out):
@@ -431,7 +434,7 @@ def test_a_profile_run_is_vllms_own(vllm_config, calls):
     with counted() as count:
         classes.forward(step, None)
     assert len(calls) == 1
-    assert count.stats == stats.Stats()
+    assert count.stats == counters.Stats()
 
 
 def test_a_quantised_output_is_refused_by_vllm(vllm_config, calls):
@@ -489,7 +492,7 @@ def test_a_dense_layer_takes_a_mixed_step_whole(vllm_config, calls):
     with counted() as count:
         assert_dense(step, classes.forward(step, metadata))
     assert [call["attn_metadata"] for call in calls] == [metadata]
-    assert count.stats == stats.Stats(dense_tokens={"dense_layer": 601})
+    assert count.stats == counters.Stats(dense_tokens={"dense_layer": 601})
 
 
 def assert_not_planned(classes, step, metadata, calls):
@@ -498,7 +501,7 @@ def assert_not_planned(classes, step, metadata, calls):
     with counted() as count:
         out = classes.forward(step, metadata)
     assert [call["attn_metadata"] for call in calls] == [metadata]
-    assert count.stats == stats.Stats(dense_tokens={"not_planned": step.num_tokens})
+    assert count.stats == counters.Stats(dense_tokens={"not_planned": step.num_tokens})
     return out
 
 
@@ -563,7 +566,7 @@ def test_static_sinks_are_vllms_own(vllm_config, calls):
     """vLLM's builder for them, made around ours, puts tokens before each request that the host does not count."""
     from vllm.model_executor.layers.attention.static_sink_attention import create_static_sink_attention_backend
 
-    backend = create_static_sink_attention_backend(version_module.FlashPrefillCUDABackend, sink_len=128)
+    backend = create_static_sink_attention_backend(version_module.FlashPrefillFlashAttnBackend, sink_len=128)
     classes = Classes(vllm_config, EXACT, builder_class=backend.get_builder_cls())
     metadata = classes.build(Step([Request(600)], 16, 0))
     assert metadata.seq_lens.tolist() == [728]
@@ -575,7 +578,7 @@ def test_local_attention_is_planned_by_its_own_lengths(vllm_config, calls):
     """vLLM's builder for it, made around ours, makes requests of chunks, and leaves the bound of the others."""
     from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
 
-    backend = create_chunked_local_attention_backend(version_module.FlashPrefillCUDABackend, 512)
+    backend = create_chunked_local_attention_backend(version_module.FlashPrefillFlashAttnBackend, 512)
     classes = Classes(vllm_config, EXACT, builder_class=backend.get_builder_cls())
     step = Step([Request(400, 600), Request(1, 700)], 16, 0)
     metadata = classes.build(step)
@@ -691,7 +694,7 @@ def test_requests_without_tokens_pad_a_batch(vllm_config, calls, step):
 
 
 @pytest.mark.skipif(
-    not getattr(version_module.FlashPrefillCUDAMetadataBuilder, "supports_update_block_table", False),
+    not getattr(version_module.FlashPrefillFlashAttnMetadataBuilder, "supports_update_block_table", False),
     reason="every group of layers has its metadata built",
 )
 class TestGroupsOfLayers:
@@ -748,7 +751,7 @@ def test_a_captured_batch_is_vllms_own_and_not_counted(vllm_config, calls):
     with counted() as count:
         assert_dense(step, classes.forward(step, metadata))
     assert [call["attn_metadata"] for call in calls] == [metadata]
-    assert count.stats == stats.Stats()
+    assert count.stats == counters.Stats()
 
 
 def test_no_mixed_batch_is_a_full_graph(vllm_config, calls, monkeypatch):
@@ -808,21 +811,21 @@ def test_scratch_is_reserved_with_the_layer(vllm_config, calls):
 def test_kernels_are_compiled_once_for_each_kind_of_layer(vllm_config, calls, monkeypatch):
     from vllm.config import set_current_vllm_config
 
-    monkeypatch.setattr(cuda_builder, "_compiled", set())
+    monkeypatch.setattr(warmup, "_compiled", set())
     ran = []
-    paged = cuda_builder.flash_prefill_paged
+    paged = warmup.flash_prefill_paged
 
     def record(q, k_cache, *args, **kwargs):
         ran.append((*q.shape[1:], *k_cache.shape[1:]))
         return paged(q, k_cache, *args, **kwargs)
 
-    monkeypatch.setattr(cuda_builder, "flash_prefill_paged", record)
+    monkeypatch.setattr(warmup, "flash_prefill_paged", record)
     classes = Classes(vllm_config, EXACT, 32)
     impls = [classes.impl, Classes(vllm_config, EXACT).impl, Classes(vllm_config, EXACT, sliding_window=64).impl]
     # Builders are made where vLLM's config is the current one, which its cache's layout is taken from.
     with set_current_vllm_config(vllm_config):
         for page_size in (32, 32, 128):
-            cuda_builder.compile_kernels(
+            warmup.compile_kernels(
                 impls, classes.builder.new_cache, page_size=page_size, dtype=DTYPE, device=torch.device("cpu")
             )
     assert ran == [(HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE) for page_size in (32, 128)]

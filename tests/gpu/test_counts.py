@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from kernel_cases import Request, make_batch, nan_workspace, sparse_config
 
+from vllm_flashprefill import counters
 from vllm_flashprefill.api import flash_prefill_paged
-from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.device_counts import DeviceCounts
 from vllm_flashprefill.kernels.workspace import Workspace, scratch_bytes
 from vllm_flashprefill.plan import plan_step
@@ -91,8 +91,8 @@ def test_layers_are_counted_without_waiting(step, no_sync, monkeypatch):
     _, plan, _, run = step
     torch.cuda.set_sync_debug_mode("default")
     monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
+    monkeypatch.setattr(counters, "_recorder", None)
+    counters.share_stats()
     try:
         counts = DeviceCounts(torch.device("cuda"))
         run(block_counts=counts.blocks)
@@ -105,7 +105,7 @@ def test_layers_are_counted_without_waiting(step, no_sync, monkeypatch):
                 run(block_counts=counts.blocks)
                 counts.layer_done(plan, HEADS)
         for _ in range(500):
-            total = stats.read_stats()
+            total = counters.read_stats()
             if total.visible_blocks == 3 * HEADS * plan.visible_blocks:
                 break
             time.sleep(0.01)
@@ -114,4 +114,4 @@ def test_layers_are_counted_without_waiting(step, no_sync, monkeypatch):
         assert total.sparse_tokens == 3 * plan.num_sparse_tokens
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        stats.unshare_stats()
+        counters.unshare_stats()

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from kernel_cases import Request, make_batch, sparse_config
 
-from vllm_flashprefill.backend import stats
+from vllm_flashprefill import counters
 from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, stage_times
 from vllm_flashprefill.kernels import pipeline
 from vllm_flashprefill.kernels.workspace import Workspace
@@ -16,8 +16,8 @@ from vllm_flashprefill.kernels.workspace import Workspace
 @pytest.mark.parametrize("slab_bytes", [None, 5 << 20])
 def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, monkeypatch):
     monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
+    monkeypatch.setattr(counters, "_recorder", None)
+    counters.share_stats()
     config = sparse_config()
     batch = make_batch(
         # Layers that take the GPU longer than the host; else the estimate has its waiting for the host in it.
@@ -50,7 +50,7 @@ def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, monkeypatch):
                 torch.cuda.synchronize()
         end.record()
         end.synchronize()
-        total = stats.read_stats()
+        total = counters.read_stats()
         # The fifth turn has not been read.
         estimate, taken = total.selection_seconds + total.attention_seconds, start.elapsed_time(end) / 1000 * 4 / 5
         print(
@@ -61,4 +61,4 @@ def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, monkeypatch):
         assert 0.7 * taken < estimate < 1.1 * taken
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        stats.unshare_stats()
+        counters.unshare_stats()

@@ -41,6 +41,7 @@ PREPARED_INPUTS = Source("prepare_inputs", lambda _, inputs: (inputs.num_compute
 
 # Of the step that runs: tokens computed before it, and known.
 _watched: tuple[np.ndarray, np.ndarray] | None = None
+_wrapped: list[tuple[type, Source]] = []
 
 
 def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
@@ -64,6 +65,7 @@ def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
 
     watched._flashprefill_original = original
     setattr(model_runner_class, source.method, watched)
+    _wrapped.append((model_runner_class, source))
 
 
 def unwatch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
@@ -73,6 +75,12 @@ def unwatch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
     wrapped = getattr(model_runner_class, source.method, None)
     if hasattr(wrapped, "_flashprefill_original"):
         setattr(model_runner_class, source.method, wrapped._flashprefill_original)
+
+
+def unwatch_all() -> None:
+    """Undo every `watch` of this process."""
+    while _wrapped:
+        unwatch(*_wrapped.pop())
 
 
 def prompt_lengths(num_computed_tokens: np.ndarray, first_request: int | None = None) -> np.ndarray | None:
