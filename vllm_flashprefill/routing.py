@@ -31,6 +31,7 @@ class DenseReason(str, enum.Enum):
     HEAD_SIZE = "head_size"
     DTYPE = "dtype"
     KV_CACHE_LAYOUT = "kv_cache_layout"
+    KERNEL_FAILED = "kernel_failed"
     CPU_ARCHITECTURE = "cpu_architecture"
     # of a call by transformers
     PADDING = "padding"

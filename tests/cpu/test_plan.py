@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend.layer_routing import layer_dense_reason, layer_index
+from vllm_flashprefill.backend.layer_routing import check_layer_names, layer_dense_reason, layer_index
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
@@ -160,6 +160,20 @@ def test_first_layers_can_be_dense():
     config = FlashPrefillConfig(num_dense_layers=2)
     reasons = [layer_dense_reason(impl(), f"model.layers.{i}.self_attn.attn", config) for i in range(4)]
     assert reasons == [DenseReason.DENSE_LAYER, DenseReason.DENSE_LAYER, None, None]
+
+
+def test_layers_without_an_index_are_an_error_before_any_step():
+    named = {
+        "model.layers.3.self_attn.attn": SimpleNamespace(impl=impl(flashprefill_config=CONFIG)),
+        "model.attn": SimpleNamespace(impl=impl(flashprefill_config=CONFIG, sliding_window=512)),
+        "visual.attn": SimpleNamespace(impl=impl()),
+        "mamba": SimpleNamespace(),
+    }
+    check_layer_names(named, FlashPrefillConfig(num_dense_layers=2))
+    named["model.attn"].impl.sliding_window = None
+    check_layer_names(named, FlashPrefillConfig())
+    with pytest.raises(ValueError, match=r"'model\.attn' has no layer index in its name, which num_dense_layers needs"):
+        check_layer_names(named, FlashPrefillConfig(num_dense_layers=2))
 
 
 def test_layer_index():

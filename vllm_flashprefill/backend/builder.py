@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vllm_flashprefill.backend.batch import first_request, host_is_prefilling, host_seq_lens, select_requests
+from vllm_flashprefill.backend.layer_routing import check_layer_names
 from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.counters import recorder
@@ -47,6 +48,7 @@ class FlashPrefillBuilderMixin:
         super().__init__(*args, **kwargs)
         self.watch_model_runners()
         self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
+        check_layer_names(self.vllm_config.compilation_config.static_forward_context, self.flashprefill_config)
 
     def watch_model_runners(self) -> None:
         """Have this vLLM's model runners say how long prompts are."""

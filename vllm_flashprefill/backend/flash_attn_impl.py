@@ -23,9 +23,11 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
 
     Attributes:
         dense_forward_writes_kv: whether vLLM's `forward` must be given keys and values, which it then writes again.
+        kernels_failed: whether the kernels raised when they were warmed up for this kind of layer.
     """
 
     dense_forward_writes_kv = True
+    kernels_failed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
@@ -61,7 +63,7 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
         k_cache, v_cache = self.paged_kv(kv_cache)
         if k_cache.shape[1] % PAGE_SIZE_MULTIPLE or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
             return DenseReason.KV_CACHE_LAYOUT
-        return None
+        return DenseReason.KERNEL_FAILED if self.kernels_failed else None
 
     def forward_sparse(
         self,
