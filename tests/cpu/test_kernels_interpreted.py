@@ -81,6 +81,7 @@ import torch
 from types import SimpleNamespace
 from kernel_cases import Request, check_all, make_batch, sparse_config
 from vllm_flashprefill.kernels import block_mean
+from vllm_flashprefill.key_values import KeyValues
 
 class Kernel:
     grids = []
@@ -90,7 +91,8 @@ class Kernel:
 
 schedule = SimpleNamespace(requests=torch.zeros(140_000, 8, dtype=torch.int32), max_key_blocks=1, num_mean_rows=1)
 kernel, block_mean._block_mean_kernel = block_mean._block_mean_kernel, Kernel()
-block_mean.block_mean(torch.zeros(1, 16, 3, 64), schedule)
+k = torch.zeros(1, 16, 3, 64)
+block_mean.block_mean(KeyValues(k, k), schedule)
 assert Kernel.grids == [(1, 3, 65_535), (1, 3, 65_535), (1, 3, 8_930)], Kernel.grids
 
 block_mean._block_mean_kernel, block_mean.MAX_REQUESTS = kernel, 2
