@@ -97,7 +97,11 @@ class Request:
 
 @dataclass
 class Batch:
-    """A step; `random_batch(seed, page_size)` makes it again."""
+    """A step; `random_batch(seed, page_size)` makes it again.
+
+    Attributes:
+        said: what the builder learns of prompts: their "lengths", "which" requests prefill, or "nothing".
+    """
 
     seed: int
     page_size: int
@@ -109,6 +113,7 @@ class Batch:
     alpha: float
     num_dense_tail_blocks: int
     min_sparse_tokens: int
+    said: str = "lengths"
 
     def config(self, alpha):
         options = {name: getattr(self, name) for name in ("num_dense_tail_blocks", "min_sparse_tokens")}
@@ -170,6 +175,7 @@ def random_batch(seed, page_size, longest=6000):
         alpha=float(rng.choice([0.1, 0.3, 0.6, 1.0])),
         num_dense_tail_blocks=int(rng.choice([0, 1, 2])),
         min_sparse_tokens=int(rng.choice([1, 100, 250, 400])),
+        said=str(rng.choice(["lengths", "which", "nothing"], p=[0.6, 0.2, 0.2])),
     )
 
 
@@ -433,14 +439,17 @@ class Step:
             max_seq_len=int(host_lens.max()),
             block_table_tensor=self.block_table[torch.from_numpy(rows).to(self.device)],
             slot_mapping=self.slot_mapping if whole else self.slot_mapping[torch.from_numpy(tokens).to(self.device)],
-            is_prefilling=torch.from_numpy(self.host_lens[rows] - self.query_lens[rows] < self.known_lens[rows] - 1),
         )
+        if self.batch.said != "nothing":
+            computed = self.host_lens[rows] - self.query_lens[rows]
+            values["is_prefilling"] = torch.from_numpy(computed < self.known_lens[rows] - 1)
         fields = CommonAttentionMetadata.__dataclass_fields__
         return CommonAttentionMetadata(**{name: value for name, value in values.items() if name in fields})
 
     def build(self, side, common, rows=None):
         known = self.known_lens if rows is None else self.known_lens[rows]
-        with mock.patch.object(builder_module, "prompt_lengths", lambda computed: known):
+        lengths = known if self.batch.said == "lengths" else None
+        with mock.patch.object(builder_module, "prompt_lengths", lambda *_: lengths):
             return side.builder.build(0, common)
 
     def attend(self, side, metadata, common, tokens=slice(None), query=None):

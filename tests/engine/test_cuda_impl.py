@@ -295,13 +295,10 @@ class Classes:
         Args:
             drafted: tokens of each request that were drafted before and not accepted, which the runner does not know.
         """
-        batch = SimpleNamespace(
-            num_reqs=len(step.requests),
-            num_computed_tokens_cpu=np.array([r.context_len for r in step.requests]) + drafted,
-            num_tokens_no_spec=np.array([r.seq_len + r.rest for r in step.requests]),
-        )
+        computed = np.array([r.context_len for r in step.requests]) + drafted
+        known = np.array([r.seq_len + r.rest for r in step.requests])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prompt_lengths, "_watched", (prompt_lengths.INPUT_BATCH, batch))
+            patch.setattr(prompt_lengths, "_watched", (computed, known))
             return self.builder.build(common_prefix_len, step.common(**changes))
 
     def forward(self, step, metadata, inputs=None, **scales):
@@ -661,6 +658,25 @@ def test_lengths_from_the_second_model_runner(vllm_config, calls, monkeypatch):
     assert metadata.flashprefill.plan.dense_tokens == {DenseReason.DECODE: 1}
 
 
+def test_micro_batches_know_where_their_prompts_end(vllm_config, calls, monkeypatch):
+    """vLLM's own halves of a step; a request that lies in both is cut where the first half ends."""
+    ubatch_utils = pytest.importorskip("vllm.v1.worker.ubatch_utils", reason="this vLLM has no micro-batches")
+    from vllm.v1.worker.gpu_model_runner import split_attn_metadata
+
+    step = Step([Request(1, 400), Request(500, 200, 300), Request(600, 0, 400)], 16, 0)
+    classes = Classes(vllm_config, SPARSE)
+    computed, known = np.array([400, 200, 0]), np.array([401, 1000, 1000])
+    monkeypatch.setattr(prompt_lengths, "_watched", (computed, known))
+    halves = [
+        ubatch_utils.UBatchSlice(slice(0, 2), slice(0, 301)),
+        ubatch_utils.UBatchSlice(slice(1, 3), slice(301, 1101)),
+    ]
+    plans = [classes.builder.build(0, half).flashprefill.plan for half in split_attn_metadata(halves, step.common())]
+    found = [[(r.index, r.context_len, r.query_len, r.prompt_len) for r in plan.sparse] for plan in plans]
+    assert found == [[(1, 200, 300, 1000)], [(0, 500, 200, 1000), (1, 0, 600, 1000)]]
+    assert [plan.dense_tokens for plan in plans] == [{DenseReason.DECODE: 1}, {}]
+
+
 @since_0_24
 def test_both_model_runners_are_watched_until_the_backend_is_reverted(vllm_config, calls):
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Second
@@ -833,3 +849,52 @@ def test_kernels_are_compiled_once_for_each_kind_of_layer(vllm_config, calls, mo
                 impls, classes.builder.new_cache, page_size=page_size, dtype=DTYPE, device=torch.device("cpu")
             )
     assert ran == [(HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE) for page_size in (32, 128)]
+
+
+def test_a_layer_without_an_index_ends_the_start_of_an_engine(vllm_config, monkeypatch):
+    from vllm.config import set_current_vllm_config
+
+    classes = Classes(vllm_config, EXACT)
+    monkeypatch.setenv("FLASHPREFILL_NUM_DENSE_LAYERS", "1")
+    layers = vllm_config.compilation_config.static_forward_context
+    monkeypatch.setitem(layers, "model.attn", SimpleNamespace(impl=classes.impl))
+    with set_current_vllm_config(vllm_config), pytest.raises(ValueError, match=r"'model\.attn' has no layer index"):
+        Classes(vllm_config, EXACT)
+
+
+@pytest.mark.parametrize("what", ["new_cache", "flash_prefill_paged"])
+def test_layers_whose_kernels_do_not_run_are_dense(vllm_config, calls, monkeypatch, what):
+    """As with heads of 256 on a GPU that has 99 KiB of shared memory for a block."""
+    from vllm.config import set_current_vllm_config
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of resource: shared memory, Required: 147456, Hardware limit: 101376")
+
+    warnings = []
+    monkeypatch.setattr(warmup.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(warmup, "_compiled", set())
+    monkeypatch.setattr(warmup, "_failed", set())
+    classes = [Classes(vllm_config, SPARSE) for _ in range(3)]
+    new_cache = fail if what == "new_cache" else classes[0].builder.new_cache
+    with set_current_vllm_config(vllm_config), monkeypatch.context() as patch:
+        if what == "flash_prefill_paged":
+            patch.setattr(warmup, what, fail)
+        # Of two groups of layers, each with a builder of its own.
+        for impls in ([classes[0].impl, classes[1].impl], [classes[2].impl]):
+            warmup.compile_kernels(impls, new_cache, page_size=16, dtype=DTYPE, device=torch.device("cpu"))
+        warmup.compile_kernels(
+            [Classes(vllm_config, SPARSE, 32).impl],
+            classes[0].builder.new_cache,
+            page_size=32,
+            dtype=DTYPE,
+            device=torch.device("cpu"),
+        )
+    kinds = 1 if what == "new_cache" else 2
+    assert len(warnings) == kinds and all("stay dense" in text and "shared memory" in text for text in warnings)
+    calls.clear()
+    for each in classes:
+        step = Step([Request(600)], 16, 1)
+        with counted() as done:
+            each.run(step)
+        assert done.stats.dense_tokens == {"kernel_failed": 600}
+    assert len(calls) == 3
