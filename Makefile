@@ -6,7 +6,7 @@ VENV_0_10 := .venv-0.10.0
 VENV_0_24 := .venv-0.24.0
 MODEL := models/SmolLM2-135M-Instruct
 # With the Triton of vLLM 0.10.0, 0.12.0 and 0.24.0.
-COMPILE := scripts/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
+COMPILE := tools/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
 
 # 2 GB of KV cache is enough for the model used here; nothing is to be fetched or reported.
 export VLLM_CPU_KVCACHE_SPACE ?= 2

@@ -1,1 +1,1 @@
-"""The parts of scripts/evaluate.py."""
+"""What a model loses with FlashPrefill: `python -m evaluation`."""

@@ -1,4 +1,4 @@
-"""Rows of scripts/results/*.csv."""
+"""Rows of results/*.csv."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def commit_name(given: str | None) -> str:

@@ -1,7 +1,7 @@
 """Find alpha, or min_share, for a target density or a target loss on a text of yours; write it as options.
 
-    python scripts/calibrate.py MODEL --text FILE --length 8000 --density 0.46 --out preset.json
-    python scripts/calibrate.py MODEL --text FILE --length 8000 --loss 0.01 --option min_share
+    python -m vllm_flashprefill.calibrate MODEL --text FILE --length 8000 --density 0.46 --out preset.json
+    python -m vllm_flashprefill.calibrate MODEL --text FILE --length 8000 --loss 0.01 --option min_share
     vllm serve MODEL --additional-config "$(cat preset.json)"
 
 Runs the model in transformers, without vLLM, on the text's first tokens, once dense and once for each value tried. The
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_model import Attention, encode_text, load_model
 from tqdm import tqdm
 
 from vllm_flashprefill.config import ADDITIONAL_CONFIG_KEY, FlashPrefillConfig
+from vllm_flashprefill.real_model import Attention, encode_text, load_model
 
 # Values searched, from keeping next to everything to next to nothing.
 RANGE = {"alpha": (1e-5, 1.0), "min_share": (1e-7, 1.0)}
@@ -64,27 +64,6 @@ class Text:
         # Layers and attention modules tell transformers' caches which layer they are.
         self.parts = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
         self.dense: torch.Tensor | None = None
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser, *, length: int) -> None:
-        """What `of_arguments` reads beside `model`, `length` tokens being the default."""
-        parser.add_argument("--text", default="docs", help='a file; or "docs", "code" of Python itself (default: docs)')
-        parser.add_argument("--start", type=int, default=0, help="tokens of it to leave out (default: %(default)s)")
-        parser.add_argument("--length", type=int, default=length, help="tokens to take (default: %(default)s)")
-        parser.add_argument("--last", type=int, default=512, help="tokens to judge (default: %(default)s)")
-        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
-
-    @classmethod
-    def of_arguments(cls, options: argparse.Namespace, *, end: int) -> Text:
-        return cls(
-            options.model,
-            options.text,
-            options.length,
-            start=options.start,
-            last=options.last,
-            end=end,
-            device=options.device,
-        )
 
     def measure(self, config: FlashPrefillConfig | None, bar: tqdm | None = None) -> Result:
         """What the model makes of the text with a config, None for dense attention, which has to come first."""
@@ -160,6 +139,7 @@ def options_json(config: FlashPrefillConfig, names: list[str]) -> str:
     return json.dumps({ADDITIONAL_CONFIG_KEY: {name: getattr(config, name) for name in names}})
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -168,7 +148,11 @@ def main() -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--density", type=float, help="share of blocks to keep, within a hundredth of it")
     target.add_argument("--loss", type=float, help="most that next tokens may diverge from dense attention's, in nats")
-    Text.add_arguments(parser, length=8000)
+    parser.add_argument("--text", default="docs", help='a file; or "docs", "code" of Python itself (default: docs)')
+    parser.add_argument("--start", type=int, default=0, help="tokens of it to leave out (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=8000, help="tokens to take (default: %(default)s)")
+    parser.add_argument("--last", type=int, default=512, help="tokens to judge (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
     parser.add_argument("--option", choices=RANGE, default="alpha", help="what to find (default: %(default)s)")
     parser.add_argument("--options", type=json.loads, default={}, help="other options, as a JSON object")
     parser.add_argument("--passes", type=int, default=12, help="values to try at most (default: %(default)s)")
@@ -187,7 +171,8 @@ def main() -> None:
     if end <= options.last:
         parser.error(f"only {end} tokens come before the dense tail, fewer than --last {options.last} and one")
 
-    text = Text.of_arguments(options, end=end)
+    wanted = {name: getattr(options, name) for name in ("model", "text", "length", "start", "last", "device")}
+    text = Text(**wanted, end=end)
     with tqdm(total=(options.passes + 1) * len(text.parts), bar_format=BAR, disable=None) as bar:
 
         def measure(value: float) -> Result:
@@ -208,5 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main()

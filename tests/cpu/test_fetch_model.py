@@ -1,11 +1,6 @@
 """What scripts/fetch_model.py makes of a GGUF file, without one."""
 
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import fetch_model
+from scripts import fetch_model
 
 
 def test_gemma_tensors_have_the_names_of_transformers():
