@@ -1,65 +1,22 @@
-"""Draw what scripts/results/*.csv hold; needs matplotlib.
-
-python scripts/plot.py           docs/kernels.png: the kernels against dense attention, by prompt length
-python scripts/plot.py --ttft    docs/ttft.png: time to the first token in vLLM, by prompt length
-python scripts/plot.py --gpu "NVIDIA H100 80GB HBM3"
-"""
+"""The plots of the docs, from rows of results/*.csv; drawing needs matplotlib, asking what is drawn does not."""
 
 from __future__ import annotations
 
-import argparse
-import csv
+import hashlib
+import inspect
+import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools.rows import RESULTS, Row, kernel_rows, length_name, ttft_rows
+
+GPU = "NVIDIA H100 80GB HBM3"
+# What a PNG calls the hash of what it was drawn from, and how.
+KEY = "rows"
 
 
-def kernel_rows(path: Path, gpu: str | None) -> list[dict[str, str]]:
-    """The newest row of each length of one GPU: one plain prompt, 32/8 heads of 128, dense timed beside it."""
-    with path.open() as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["heads"], row["kv_heads"], row["head_size"], row["page_size"]) == ("32", "8", "128", "0")
-            and row["prompts"] == "1"
-            and row["queries"] == row["tokens"]
-            and row["times_fa2"]
-            and gpu in (None, row["gpu"])
-        ]
-    if not rows:
-        return []
-    gpu = rows[-1]["gpu"]
-    newest = {int(row["tokens"]): row for row in rows if row["gpu"] == gpu}
-    return [newest[tokens] for tokens in sorted(newest)]
-
-
-def ttft_rows(path: Path, gpu: str | None) -> dict[int, list[dict[str, str]]]:
-    """By tokens of a chunk (0: whole prompts) the newest row of each length whose check passed, shortest first.
-
-    All are of one GPU, one vLLM and one model, those of the last such row.
-    """
-    with path.open() as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if row["case"] == "ttft" and row["check"] == "passed" and gpu in (None, row["gpu"])
-        ]
-    if not rows:
-        return {}
-    setting = ("gpu", "vllm", "model")
-    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in setting)]
-    newest = {(int(row["chunk"]), int(row["tokens"])): row for row in rows}
-    chunks: dict[int, list[dict[str, str]]] = {}
-    for chunk, tokens in sorted(newest):
-        chunks.setdefault(chunk, []).append(newest[chunk, tokens])
-    return chunks
-
-
-def length_name(tokens: int) -> str:
-    return str(tokens) if tokens < 1024 else f"{tokens / 1024:g}K"
-
-
-def draw_kernels(axes, rows: list[dict[str, str]]) -> None:
+def draw_kernels(axes, rows: list[Row]) -> None:
     tokens = [int(row["tokens"]) for row in rows]
     for column, label in (("times_fa2", "FlashAttention-2"), ("times_cudnn", "cuDNN")):
         times = [float(row[column]) for row in rows]
@@ -72,11 +29,12 @@ def draw_kernels(axes, rows: list[dict[str, str]]) -> None:
     axes.set_yticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
     axes.set_xlabel("prompt tokens, density")
     axes.set_ylabel("speedup over dense attention")
+    axes.margins(y=0.1)
     axes.set_title(f"FlashPrefill, selection included: {rows[0]['gpu']}, bf16, 32/8 heads of 128", fontsize=10)
     axes.legend()
 
 
-def draw_ttft(axes, chunks: dict[int, list[dict[str, str]]]) -> None:
+def draw_ttft(axes, chunks: dict[int, list[Row]]) -> None:
     lines = (
         ("default_ms", "vLLM's default backend", "C0"),
         ("flash_ms", "FlashPrefill", "C1"),
@@ -94,7 +52,7 @@ def draw_ttft(axes, chunks: dict[int, list[dict[str, str]]]) -> None:
     for row in chunks.get(0, []):
         if int(row["tokens"]) >= int(row["min_sparse_tokens"]):
             at = (int(row["tokens"]), float(row["flash_ms"]))
-            text = f"{float(row['speedup']):.2f}x"
+            text = f"{float(row['default_ms']) / float(row['flash_ms']):.2f}x"
             axes.annotate(text, at, textcoords="offset points", xytext=(4, -11), fontsize=8, color="C1")
     tokens = sorted({int(row["tokens"]) for rows in chunks.values() for row in rows})
     named = [n for n in tokens if n.bit_count() == 1 or n == tokens[-1]]
@@ -104,39 +62,48 @@ def draw_ttft(axes, chunks: dict[int, list[dict[str, str]]]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("prompt tokens")
     axes.set_ylabel("time to first token, ms")
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.08)
     row = next(iter(chunks.values()))[0]
     axes.set_title(f"{row['model']}: {row['gpu']}, vLLM {row['vllm']}, published densities imposed", fontsize=10)
     axes.legend(fontsize=8)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ttft", action="store_true", help="draw vllm.csv instead of kernels.csv")
-    parser.add_argument("--gpu", help="as the CSV names it (default: that of the last row)")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+PLOTS = {
+    "docs/kernels.png": (draw_kernels, lambda: kernel_rows(RESULTS / "kernels.csv", GPU)),
+    "docs/ttft.png": (draw_ttft, lambda: ttft_rows(RESULTS / "vllm.csv", GPU, "0.24.0", "llama-8b, 32 layers")),
+}
 
-    table, picture = ("vllm.csv", "ttft.png") if args.ttft else ("kernels.csv", "kernels.png")
-    path = args.csv or ROOT / "scripts/results" / table
-    out = args.out or ROOT / "docs" / picture
-    rows = (ttft_rows if args.ttft else kernel_rows)(path, args.gpu)
-    if not rows:
-        parser.error(f"{path} has no row to draw")
 
+def digest(name: str) -> str:
+    """Of a plot's rows and of how they are drawn."""
+    drawer, read = PLOTS[name]
+    return hashlib.sha256(json.dumps([read(), inspect.getsource(drawer)], sort_keys=True).encode()).hexdigest()
+
+
+def png_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """The keywords and texts that a PNG carries."""
+    data, at = path.read_bytes(), 8
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"tEXt":
+            keyword, _, text = data[at + 8 : at + 8 + length].partition(b"\0")
+            yield keyword.decode("latin-1"), text.decode("latin-1")
+        at += length + 12
+
+
+def is_current(name: str, path: Path) -> bool:
+    return path.exists() and dict(png_texts(path)).get(KEY) == digest(name)
+
+
+def draw(name: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    drawer, read = PLOTS[name]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    (draw_ttft if args.ttft else draw_kernels)(axes, rows)
+    drawer(axes, read())
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=150)
-    print(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(path, dpi=150, metadata={KEY: digest(name)})

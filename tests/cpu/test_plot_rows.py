@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from tools.plot import length_name, ttft_rows
+from tools.rows import length_name, ttft_rows
 
 COLUMNS = ("gpu", "vllm", "model", "case", "tokens", "chunk", "check", "flash_ms")
 
