@@ -1,12 +1,8 @@
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from plot import length_name, ttft_rows
+from tools.rows import length_name, ttft_rows
 
 COLUMNS = ("gpu", "vllm", "model", "case", "tokens", "chunk", "check", "flash_ms")
 

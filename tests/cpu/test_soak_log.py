@@ -1,9 +1,4 @@
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from soak import log_errors
+from benchmarks.soak import log_errors
 
 PREFIX = "(EngineCore pid=7) ERROR 01-02 03:04:05 [core.py:12]"
 REQUESTS = """\

@@ -109,7 +109,7 @@ def run_engine(batches, *, env, passes=({},), **changes):
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine_job.py")],
         cwd=ROOT,
-        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]), **env),
+        env=environment(PYTHONPATH=str(ROOT), **env),
         input=json.dumps(job),
         capture_output=True,
         text=True,

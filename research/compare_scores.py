@@ -8,8 +8,8 @@ density in that head, instead of one threshold for all. Rows counted are those o
 something may be pruned. "corrected" is with mean correction: a pruned block takes part in attention as one token that
 has its mean key and value and the weight of all its tokens.
 
-    python scripts/capture_qkv.py --out /tmp/docs.pt
-    python scripts/compare_scores.py /tmp/docs.pt --alphas 0.01 0.05 0.18
+    python -m research.capture_qkv --out /tmp/docs.pt
+    python -m research.compare_scores /tmp/docs.pt --alphas 0.01 0.05 0.18
 
 Words: s[r, j] is row r's scaled logit with the mean key of block j; a score is an E[i, j] of query block i, held as its
 logarithm, and j is kept where E >= alpha * max_j E, except where a name says otherwise.
@@ -273,7 +273,7 @@ def measure(layers: list[Layer], selections: Selections, thresholds: dict, corre
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="from scripts/capture_qkv.py")
+    parser.add_argument("files", nargs="+", help="from research/capture_qkv.py")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.01, 0.05, 0.18], help="of the published score")
     parser.add_argument("--layers", type=int, nargs="+", help="of each file, all by default")
     parser.add_argument("--every", type=int, default=4, help="take one query block in so many (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""One vLLM engine, dense or with FlashPrefill, over prepared prompts; a process of its own, started by evaluate.py.
+"""One vLLM engine, dense or with FlashPrefill, over prepared prompts; a process of its own, which __main__.py starts.
 
     python engine.py JOB PROMPTS RESULT
 

@@ -5,9 +5,9 @@ requests to the end, and so is the answer to one prompt, asked of an idle server
 Ends with status 1 where a request failed, /health did not answer, memory grew, the answer changed, nothing was sparse
 or the server logged an error; appends a row to a CSV in any case.
 
-    python scripts/soak.py                                      SmolLM2-135M on this machine's GPU
-    python scripts/soak.py --model PATH --longest 100000 -- --tensor-parallel-size 2
-    python scripts/soak.py --requests 50 --concurrency 8 --longest 6000 -- --enforce-eager     a CPU engine
+    python -m benchmarks.soak                                      SmolLM2-135M on this machine's GPU
+    python -m benchmarks.soak --model PATH --longest 100000 -- --tensor-parallel-size 2
+    python -m benchmarks.soak --requests 50 --concurrency 8 --longest 6000 -- --enforce-eager     a CPU engine
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from typing import Any
 
 import aiohttp
 import psutil
-from generate import MODEL, documentation
-from results_csv import append_row, commit_name
+
+from scripts.generate import MODEL, documentation
+from tools.rows import RESULTS, append_row, commit_name
 
 READY_TIMEOUT_S = 900
 REQUEST_TIMEOUT_S = 300
@@ -373,7 +374,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=7000, help="tokens of the longest prompt")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("--commit", default=None)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/soak.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "soak.csv")
     parser.add_argument("serve", nargs="*", help="further arguments of vllm serve, after --")
     args = parser.parse_args()
 

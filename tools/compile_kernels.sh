@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compile every kernel under some versions of Triton, which are installed beside each other in .triton/VERSION.
 #
-#     scripts/compile_kernels.sh PYTHON VERSION...
+#     tools/compile_kernels.sh PYTHON VERSION...
 set -euo pipefail
 
 [ $# -ge 2 ] || { echo "usage: $0 PYTHON VERSION..." >&2; exit 1; }
@@ -19,6 +19,6 @@ for version in "${@:2}"; do
         "$python" -m pip install "${pip_options[@]}" --target "$target" "triton==$version"
         echo "$want" >"$target/.stamp"
     fi
-    PYTHONPATH=$target:. "$python" scripts/compile_kernels.py || status=1
+    PYTHONPATH=$target:. "$python" -m tools.compile_kernels || status=1
 done
 exit $status

@@ -6,9 +6,9 @@ replaced by equally many blocks, evenly spread (`FixedDensity`). That happens in
 no such switch. Times are of prompts with so much to prune, the texts mean nothing. First the engines must agree at
 alpha 0, or no speedup is given.
 
-    python scripts/bench_vllm.py                                   TTFT, decoding and throughput, about 8 minutes
-    python scripts/bench_vllm.py --layers 4 --tokens 8192 32768    a short run
-    python scripts/bench_vllm.py --tensor-parallel 2 --no-decode --no-mixed
+    python -m benchmarks.bench_vllm                                   TTFT, decoding and throughput, about 8 minutes
+    python -m benchmarks.bench_vllm --layers 4 --tokens 8192 32768    a short run
+    python -m benchmarks.bench_vllm --tensor-parallel 2 --no-decode --no-mixed
 
 TTFT is the time of a request for one token, in process, without prefix caching; its bound is the time with attention
 left out altogether.
@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B
 from evaluation.engine import configure
-from results_csv import append_row, commit_name
-from shapes import LLAMA_8B, LLAMA_70B
+from tools.rows import RESULTS, append_row, commit_name
 
 SHAPES = {"llama-8b": LLAMA_8B, "llama-70b": LLAMA_70B}
 CONFIG = dict(
@@ -345,7 +346,7 @@ def main() -> None:
     parser.add_argument("--no-decode", dest="decode", action="store_const", const=[], default=DECODE)
     parser.add_argument("--no-mixed", dest="mixed", action="store_false")
     parser.add_argument("--commit", default=None)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/vllm.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "vllm.csv")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
@@ -370,7 +371,8 @@ def main() -> None:
         try:
             for backend in ("default", "flashprefill"):
                 out = found[backend] = Path(folder, f"{backend}.json")
-                command = [sys.executable, *sys.argv, "--worker", f"{backend},{folder},{out}"]
+                worker = ["--worker", f"{backend},{folder},{out}"]
+                command = [sys.executable, "-m", "benchmarks.bench_vllm", *sys.argv[1:], *worker]
                 subprocess.run(command, env=environment, check=True)
         finally:
             # What is there when one fails or the run is interrupted is right too.

@@ -1,7 +1,7 @@
 """Time the kernels beside dense attention at published densities; append a row a case to a CSV.
 
-    python scripts/bench_kernels.py                  the table: 4K to 256K tokens, 32/8 heads of 128
-    python scripts/bench_kernels.py --cases shapes   other heads and head sizes, ragged batches, chunks, pages
+    python -m benchmarks.bench_kernels                  the table: 4K to 256K tokens, 32/8 heads of 128
+    python -m benchmarks.bench_kernels --cases shapes   other heads and head sizes, ragged batches, chunks, pages
 
 Each row is checked first, on the inputs it is timed on: query blocks of every kind against float64 over the blocks
 the kernel kept, and the kept blocks against the reference's scores. A row whose check fails has no speedup.
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from kernel_data import DENSITY, structured_qkv
-from results_csv import append_row, commit_name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
+from benchmarks.kernel_data import DENSITY, structured_qkv
+from tools.rows import RESULTS, append_row, commit_name
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=["table", "shapes"], default=["table"])
     parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these total tokens")
     parser.add_argument("--commit", help="commit to name in the rows (default: $COMMIT, else git's)")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/kernels.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "kernels.csv")
     args = parser.parse_args()
     commit = commit_name(args.commit)
     for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:

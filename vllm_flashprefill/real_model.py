@@ -1,4 +1,4 @@
-"""A transformers model on real texts, for the scripts that measure there: this package's attention, without vLLM."""
+"""A transformers model on real texts, for what measures there: this package's attention, without vLLM."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ import torch
 from vllm_flashprefill.api import flash_prefill
 from vllm_flashprefill.config import FlashPrefillConfig
 
-CODE = ("zipfile.py", "tarfile.py", "subprocess.py")
+CODE = ("zipfile", "tarfile", "subprocess")
 # Lines of the source are read from here on, so that a text does not begin with a licence.
 FIRST_LINE = 60
+
+
+def source_of(module: str) -> str:
+    """The source of a module of Python's library, which is not imported.
+
+    Raises:
+        RuntimeError: this Python comes without it.
+    """
+    base = Path(sysconfig.get_path("stdlib"), *module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+    raise RuntimeError(f"this Python has no source of {module} to make long texts from")
 
 
 def read_text(name: str) -> str:
     """A file's text, or one of Python's library: "docs", what modules say of themselves, or "code", their source."""
     if name not in ("docs", "code"):
         return Path(name).read_text(encoding="utf-8", errors="replace")
-    library = Path(sysconfig.get_path("stdlib"))
     if name == "code":
-        # zipfile became a folder in Python 3.12.
-        sources = [
-            path if path.exists() else library / path.stem / "__init__.py" for path in map(library.joinpath, CODE)
-        ]
-        return "\n".join("".join(path.read_text().splitlines(keepends=True)[FIRST_LINE:]) for path in sources)
+        return "\n".join("".join(source_of(module).splitlines(keepends=True)[FIRST_LINE:]) for module in CODE)
     parts = []
-    for path in sorted(library.glob("*.py")):
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         described = [tree, *(node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))]
         docs = [ast.get_docstring(node) or "" for node in described]

@@ -1,7 +1,7 @@
 """Draw which key blocks heads keep: sinks, window, verticals, slashes, single blocks, from captured queries and keys.
 
-python scripts/capture_qkv.py --out /tmp/docs.pt
-python scripts/plot_pattern.py /tmp/docs.pt --heads 11.0 11.4 --alpha 0.05 --out pattern.png
+python -m research.capture_qkv --out /tmp/docs.pt
+python -m research.plot_pattern /tmp/docs.pt --heads 11.0 11.4 --alpha 0.05 --out pattern.png
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm_flashprefill.reference import select_blocks_ref
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="from scripts/capture_qkv.py")
+    parser.add_argument("file", help="from research/capture_qkv.py")
     parser.add_argument("--heads", nargs="+", help="LAYER.HEAD each (default: the first head of each layer)")
     parser.add_argument("--alpha", type=float, default=0.05, help="(default: %(default)s)")
     parser.add_argument("--out", required=True, help="picture to write")

@@ -1,9 +1,9 @@
 """Save what a real model's attention layers are given on real text: queries, keys and values after rotation.
 
-The texts are of Python's own library, by default stretches that neither the tests nor scripts/facts.py read:
-"docs" is what its modules say of themselves, "code" is their source. One file holds one text.
+The texts are of Python's own library, by default stretches that the tests do not read: "docs"
+is what its modules say of themselves, "code" is their source. One file holds one text.
 
-    python scripts/capture_qkv.py --text docs --length 7500 --layers 1 6 11 16 21 26 --out /tmp/docs.pt
+    python -m research.capture_qkv --text docs --length 7500 --layers 1 6 11 16 21 26 --out /tmp/docs.pt
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import argparse
 from typing import Any
 
 import torch
-from generate import MODEL
-from real_model import dense_attention, encode_text, load_model
+
+from scripts.generate import MODEL
+from vllm_flashprefill.real_model import dense_attention, encode_text, load_model
 
 
 class Capture:

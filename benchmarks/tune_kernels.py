@@ -7,10 +7,10 @@ import dataclasses
 import functools
 import itertools
 
-from bench_kernels import Stages, alpha_for_density
-from kernel_data import structured_qkv
 from triton.testing import do_bench
 
+from benchmarks.bench_kernels import Stages, alpha_for_density
+from benchmarks.kernel_data import structured_qkv
 from vllm_flashprefill.kernels import configs
 from vllm_flashprefill.kernels.configs import AttentionConfig, SelectConfig
 

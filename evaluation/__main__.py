@@ -1,9 +1,9 @@
 """How much a model loses with FlashPrefill: dense and sparse side by side on long prompts.
 
-    python scripts/evaluate.py                                        SmolLM2-135M on vLLM's CPU engine
-    python scripts/evaluate.py --model PATH --lengths 8192,32768 --samples 20 --alpha default,0.02 --parallel
-    python scripts/evaluate.py --model PATH --lengths 32768 --data ruler/     or InfiniteBench's, LongBench's
-    python scripts/evaluate.py --draw result.json                     the heat map of an earlier run
+    python -m evaluation                                        SmolLM2-135M on vLLM's CPU engine
+    python -m evaluation --model PATH --lengths 8192,32768 --samples 20 --alpha default,0.02 --parallel
+    python -m evaluation --model PATH --lengths 32768 --data ruler/     or InfiniteBench's, LongBench's
+    python -m evaluation --draw result.json                     the heat map of an earlier run
 
 RULER's kinds of tasks are made from local text, by seed and tokenizer alone; perplexity and the next token are those
 of the last tokens of long prose and code. There are two vLLM engines, each in a process of its own: a dense one, and
@@ -29,10 +29,10 @@ from typing import Any
 from evaluation import readers, report
 from evaluation.tasks import TASKS, Maker, Sample, bos_tokens, make_samples
 from evaluation.text import Stream, code
-from generate import MODEL, documentation
-from results_csv import commit_name
+from scripts.generate import MODEL, documentation
+from tools.rows import commit_name
 
-ENGINE = Path(__file__).with_name("evaluation") / "engine.py"
+ENGINE = Path(__file__).with_name("engine.py")
 
 
 def data_samples(
@@ -155,7 +155,9 @@ def parse_arguments() -> argparse.Namespace:
     def values(text: str) -> list[float | None]:
         return [None if part == "default" else float(part) for part in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(MODEL), help="model folder or name (default: SmolLM2-135M-Instruct)")
     parser.add_argument(
         "--lengths",

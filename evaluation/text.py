@@ -1,15 +1,15 @@
 """Long texts that every Python carries: the documentation inside the standard library, and its source code.
 
-What evaluate.py calibrates on, facts.py, generate.py and the tests take theirs from `pydoc_data.topics`, and the
-"code" of calibrate.py is of zipfile, tarfile and subprocess; nothing here is. Its "docs" are docstrings too.
+What `python -m evaluation` calibrates on, scripts/generate.py and the tests take theirs from `pydoc_data.topics`, and
+the "code" of calibration is of zipfile, tarfile and subprocess; nothing here is. Its "docs" are docstrings too.
 """
 
 from __future__ import annotations
 
 import ast
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
+
+from vllm_flashprefill.real_model import source_of
 
 # Modules written in Python, by how much documentation they hold.
 DOCUMENTED = (
@@ -23,19 +23,6 @@ DOCUMENTED = (
 SOURCES = "_pydecimal argparse mailbox pickletools imaplib optparse unittest.mock inspect ipaddress statistics".split()
 
 SHORTEST_DOCSTRING = 200
-
-
-def source_of(module: str) -> str:
-    """The source of a module of the standard library, which is not imported.
-
-    Raises:
-        RuntimeError: this Python comes without it.
-    """
-    base = Path(sysconfig.get_path("stdlib"), *module.split("."))
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-    raise RuntimeError(f"this Python has no source of {module} to make long texts from")
 
 
 def prose() -> str:

@@ -5,8 +5,8 @@ weights have nothing to prune, so there alpha is searched for the published dens
 with so much to prune, the output means nothing. Each model is checked first: at alpha 0 its logits may differ from
 sdpa's at most twice as much as those of sdpa's math backend do. A model whose check fails has no speedup.
 
-    python scripts/bench_hf.py --model llama-8b --tokens 4096 32768
-    python scripts/bench_hf.py --device cpu --model smollm2 --tokens 1024     a smoke run, which writes no row
+    python -m benchmarks.bench_hf --model llama-8b --tokens 4096 32768
+    python -m benchmarks.bench_hf --device cpu --model smollm2 --tokens 1024     a smoke run, which writes no row
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from unittest import mock
 
 import torch
 import transformers
-from generate import MODEL, make_prompts
-from kernel_data import DENSITY
-from results_csv import append_row, commit_name
-from shapes import LLAMA_8B
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.kernel_data import DENSITY
+from benchmarks.shapes import LLAMA_8B
+from scripts.generate import MODEL, make_prompts
+from tools.rows import RESULTS, append_row, commit_name
 from vllm_flashprefill import hf
 from vllm_flashprefill.api import flash_prefill
 from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
@@ -147,10 +147,10 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, help="default: searched for the 8B shape, SmolLM2's preset")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--commit", default=None)
-    parser.add_argument("--csv", type=Path, help="default: scripts/results/hf.csv, on a GPU only")
+    parser.add_argument("--csv", type=Path, help="default: results/hf.csv, on a GPU only")
     args = parser.parse_args()
     if args.csv is None and args.device == "cuda":
-        args.csv = Path(__file__).parent / "results/hf.csv"
+        args.csv = RESULTS / "hf.csv"
     commit = commit_name(args.commit)
     for name in args.model:
         if name == "smollm2" and not MODEL.exists():
