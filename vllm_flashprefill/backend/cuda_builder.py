@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
 from vllm_flashprefill.api import flash_prefill_paged
@@ -100,7 +99,7 @@ def compile_kernels(
         flash_prefill_paged(
             q,
             KeyValues(*impl.paged_kv(cache), table),
-            StepPlan((SparseRequest(0, 0, length, 0, length),), np.empty(0, dtype=np.int64), {}),
+            StepPlan((SparseRequest(0, 0, length, 0, length),)),
             config=config,
             softmax_scale=impl.scale,
             out=torch.empty_like(q),
