@@ -714,7 +714,7 @@ def test_requests_without_tokens_pad_a_batch(vllm_config, calls, step):
 
 
 @pytest.mark.skipif(
-    not getattr(version_module.FlashPrefillFlashAttnMetadataBuilder, "supports_update_block_table", False),
+    not getattr(version_module.FlashPrefillFlashAttnBackend.get_builder_cls(), "supports_update_block_table", False),
     reason="every group of layers has its metadata built",
 )
 class TestGroupsOfLayers:
