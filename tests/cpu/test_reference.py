@@ -1,12 +1,12 @@
 import dataclasses
 import itertools
 
-import brute_force
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import brute_force
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.backend import cpu_attention
 from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu

@@ -9,13 +9,12 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models/SmolLM2-135M-Instruct"
+from tests.support import MODEL, ROOT
+
 NUM_REQUESTS = int(os.environ.get("FLASHPREFILL_TEST_REQUESTS", "200"))
 LONGEST = 60_000
 MAX_TOKENS = 16
@@ -85,7 +84,7 @@ def run(folder, name, prompts, chunk, options):
         **inherited, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).parent / "engine_job.py"), str(job), str(result)]
+    command = [sys.executable, "-m", "tests.support.gpu_engine_job", str(job), str(result)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return json.loads(result.read_text())

@@ -21,10 +21,10 @@ if not importlib.metadata.version("vllm").startswith("0.24."):
     pytest.skip("the kinds are written as vLLM 0.24.0 reads them", allow_module_level=True)
 pytest.importorskip("transformers")
 
-from model_job import RESULT
-from model_kinds import IMAGE, KINDS, NUM_TEXT_TOKENS, VISION_END, VISION_START, write
+from tests.support import ROOT
+from tests.support.model_job import RESULT
+from tests.support.model_kinds import IMAGE, KINDS, NUM_TEXT_TOKENS, VISION_END, VISION_START, write
 
-ROOT = Path(__file__).parents[2]
 # The prompts of at least MIN_SPARSE tokens do not fit one step of 1,024 together.
 LENGTHS = [3000, 1500, 700, 40, 130, 1000]
 MIN_SPARSE = 256
@@ -80,7 +80,7 @@ def run(job, plugin_path, options):
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("model_job.py")],
+        [sys.executable, "-m", "tests.support.model_job"],
         cwd=ROOT,
         env={**env, **options},
         input=json.dumps(job),

@@ -4,11 +4,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+from tests.support import ROOT
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 # One process runs a group, since each one imports torch: (alpha, arguments of `make_batch`).
@@ -50,7 +50,7 @@ GROUPS = {
 
 def run_interpreted(code):
     # TRITON_INTERPRET must be set before Triton is imported.
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, f"{run.stdout[-1000:]}{run.stderr[-3000:]}"
 
@@ -65,9 +65,11 @@ def test_all_stages_interpreted(group):
         f"check_all(make_batch(config=config, {batch}), config, 0.125)"
         for name, (alpha, batch) in GROUPS[group].items()
     )
-    run_interpreted(f"import torch\nfrom kernel_cases import Request, check_all, make_batch, sparse_config\n{cases}")
+    run_interpreted(
+        f"import torch\nfrom tests.support.kernel_cases import Request, check_all, make_batch, sparse_config\n{cases}"
+    )
 
 
 @needs_triton
 def test_every_e4m3_code_is_read_as_what_it_stands_for():
-    run_interpreted("from kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")
+    run_interpreted("from tests.support.kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")

@@ -3,17 +3,12 @@
 import importlib
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import vllm_version
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from backend_cases import Shape, run_batches
-
+from tests.support.backend_cases import Shape, run_batches
+from tests.support.engines import vllm_version
 from vllm_flashprefill.backend import stats
 
 

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import vllm_version
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vllm_flashprefill
+from tests.support.engines import vllm_version
 from vllm_flashprefill.backend import cuda_builder, prompt_lengths, stats
 from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.backend.routing import DenseReason

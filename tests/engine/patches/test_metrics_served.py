@@ -1,9 +1,9 @@
 """vLLM's own /metrics and the metrics of an offline engine, without starting either; test_registration starts one."""
 
 import pytest
-from conftest import flashprefill_metrics
 
 import vllm_flashprefill
+from tests.support.engines import flashprefill_metrics
 from vllm_flashprefill import plugin
 
 

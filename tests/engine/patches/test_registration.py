@@ -15,9 +15,10 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, engine_arguments, environment, flashprefill_metrics, run_engine, vllm_version
 
 import vllm_flashprefill
+from tests.support import MODEL, ROOT
+from tests.support.engines import engine_arguments, environment, flashprefill_metrics, run_engine, vllm_version
 from vllm_flashprefill.patches import registration
 
 VERSION = vllm_version()

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-from backend_cases import (
+from tests.support.backend_cases import (
     Batch,
     Pair,
     Request,
@@ -26,7 +26,6 @@ from backend_cases import (
     shapes,
     spread,
 )
-
 from vllm_flashprefill.backend.device_counts import device_counts
 
 NUM_BATCHES = int(os.environ.get("FLASHPREFILL_TEST_BATCHES") or 200)

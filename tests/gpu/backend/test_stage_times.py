@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernel_cases import Request, make_batch, sparse_config
-
+from tests.support.kernel_cases import Request, make_batch, sparse_config
 from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, stage_times
 from vllm_flashprefill.kernels import pipeline

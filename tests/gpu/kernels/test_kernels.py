@@ -4,8 +4,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bad_input import bad_calls
-from kernel_cases import (
+from tests.support.bad_input import bad_calls
+from tests.support.kernel_cases import (
     Request,
     check_all,
     check_attention,
@@ -16,7 +16,6 @@ from kernel_cases import (
     split,
     structured,
 )
-
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.plan import plan_step

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).parents[1]
+from tests.support import ROOT
 
 CODE = """
 import torch
-from kernel_cases import Request, make_batch, sparse_config
+from tests.support.kernel_cases import Request, make_batch, sparse_config
 from vllm_flashprefill.kernels import pipeline
 config = sparse_config()
 requests = [Request(300, 640, 128), Request(1), Request(129, 511), Request(400)]
@@ -38,7 +38,7 @@ def run_sanitizer(tool, options, *arguments):
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::", *arguments]
     command += [sys.executable, "-c", CODE.format(options=options)]
     # PyTorch's allocator would hide an access past a tensor inside a block of its own.
-    env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
