@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tests.support.request import structured
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels import pipeline
 from vllm_flashprefill.kernels.block_mean import block_mean
@@ -22,23 +23,6 @@ TIE = 0.01
 
 
 @dataclass
-class Request:
-    """One sequence: tokens of this chunk, tokens before it, tokens after it."""
-
-    query_len: int
-    context_len: int = 0
-    rest: int = 0
-
-    @property
-    def seq_len(self):
-        return self.query_len + self.context_len
-
-    @property
-    def prompt_len(self):
-        return self.seq_len + self.rest
-
-
-@dataclass
 class Batch:
     """Requests packed for the paged kernels, and each one's plain tensors."""
 
@@ -50,22 +34,6 @@ class Batch:
     parts: list  # (q [T, H, D], k [S, G, D], v) of each request; k and v in float32 where the batch's are e4m3
     schedule: Schedule
     scales: dict  # k_scale and v_scale
-
-
-def structured(query_len, seq_len, *, heads, kv_heads, dim, dtype, device, seed):
-    """Keys with a theme per block and queries drawn to a few of them, so that blocks differ in score."""
-    generator = torch.Generator().manual_seed(seed)
-    num_blocks = -(-seq_len // 128)
-    theme = torch.randn(num_blocks, kv_heads, dim, generator=generator)
-    k = torch.randn(seq_len, kv_heads, dim, generator=generator)
-    k += 1.5 * theme.repeat_interleave(128, dim=0)[:seq_len]
-    v = torch.randn(seq_len, kv_heads, dim, generator=generator)
-    q = torch.randn(query_len, heads, dim, generator=generator)
-    target = torch.randint(num_blocks, (-(-query_len // 128) + 1, heads), generator=generator)
-    group = heads // kv_heads
-    drawn = theme[target, torch.arange(heads) // group]
-    q += 0.7 * drawn.repeat_interleave(128, dim=0)[:query_len]
-    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 
 
 def make_batch(

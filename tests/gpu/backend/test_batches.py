@@ -14,18 +14,11 @@ pytest.importorskip("triton")
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-from tests.support.backend_cases import (
-    Batch,
-    Pair,
-    Request,
-    Shape,
-    Step,
-    check_calls,
-    random_batch,
-    run_batches,
-    shapes,
-    spread,
-)
+from tests.support.batch_checks import Pair, check_calls, run_batches
+from tests.support.batch_step import Step
+from tests.support.random_batch import Batch, random_batch, shapes, spread
+from tests.support.request import Request
+from tests.support.vllm_side import Shape
 from vllm_flashprefill.backend.device_counts import device_counts
 
 NUM_BATCHES = int(os.environ.get("FLASHPREFILL_TEST_BATCHES") or 200)
@@ -73,12 +66,10 @@ def batch_of(*requests, full_graphs=False, alpha=0.3):
 @pytest.mark.parametrize("full_graphs", [False, True])
 def test_a_step_with_no_sparse_request_is_vllms_own(full_graphs):
     pair = Pair(Shape(8, 2, 128, torch.bfloat16, 16), DEVICE, full_graphs)
-    batch = batch_of(
-        Request("decode", 1, 400), Request("short", 200), Request("drafts", 5, 700, -4), full_graphs=full_graphs
-    )
+    batch = batch_of(Request(1, 400), Request(200), Request(5, 700, -4), full_graphs=full_graphs)
     with torch.inference_mode():
         step = Step(batch, pair)
-        pair.set_config(batch.config(batch.alpha))
+        pair.ours.set_config(batch.config(batch.alpha))
         with pair.watched() as seen:
             out, metadata = step.run(pair.ours)
         vllms, _ = step.run(pair.vllms)
@@ -93,10 +84,10 @@ def test_a_step_with_no_sparse_request_is_vllms_own(full_graphs):
 
 def test_long_prompts_are_pruned():
     pair = Pair(Shape(8, 2, 128, torch.bfloat16, 16), DEVICE, False)
-    batch = batch_of(Request("whole", 3000), Request("decode", 1, 400), Request("chunk", 1024, 2048, 1000))
+    batch = batch_of(Request(3000), Request(1, 400), Request(1024, 2048, 1000))
     with torch.inference_mode():
         step = Step(batch, pair)
-        pair.set_config(batch.config(batch.alpha))
+        pair.ours.set_config(batch.config(batch.alpha))
         before = device_counts(DEVICE).blocks.clone()
         step.run(pair.ours)
         kept, visible = (device_counts(DEVICE).blocks - before).tolist()
@@ -122,7 +113,7 @@ def test_no_step_waits_for_the_gpu(shape):
             batch = random_batch(seed, shape.page_size)
             pair = pairs[batch.full_graphs]
             step = Step(batch, pair)
-            pair.set_config(batch.config(batch.alpha))
+            pair.ours.set_config(batch.config(batch.alpha))
             common = step.common()
             try:
                 for mode in ("default", "error"):

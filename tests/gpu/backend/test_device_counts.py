@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.support.kernel_cases import Request, make_batch, nan_workspace, sparse_config
+from tests.support.kernel_cases import make_batch, nan_workspace, sparse_config
+from tests.support.request import Request
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.device_counts import DeviceCounts

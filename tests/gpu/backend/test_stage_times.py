@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.support.kernel_cases import Request, make_batch, sparse_config
+from tests.support.kernel_cases import make_batch, sparse_config
+from tests.support.request import Request
 from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, stage_times
 from vllm_flashprefill.kernels import pipeline

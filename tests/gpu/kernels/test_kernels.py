@@ -6,7 +6,6 @@ pytest.importorskip("triton")
 
 from tests.support.bad_input import bad_calls
 from tests.support.kernel_cases import (
-    Request,
     check_all,
     check_attention,
     check_e4m3_codes,
@@ -14,8 +13,8 @@ from tests.support.kernel_cases import (
     make_batch,
     sparse_config,
     split,
-    structured,
 )
+from tests.support.request import Request, structured
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.plan import plan_step

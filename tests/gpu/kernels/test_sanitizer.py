@@ -13,7 +13,8 @@ from tests.support import ROOT
 
 CODE = """
 import torch
-from tests.support.kernel_cases import Request, make_batch, sparse_config
+from tests.support.kernel_cases import make_batch, sparse_config
+from tests.support.request import Request
 from vllm_flashprefill.kernels import pipeline
 config = sparse_config()
 requests = [Request(300, 640, 128), Request(1), Request(129, 511), Request(400)]
