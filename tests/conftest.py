@@ -1,3 +1,18 @@
+import os
+
 import pytest
 
+from vllm_flashprefill.backend import stats
+
 pytest.register_assert_rewrite("tests.support")
+
+
+@pytest.fixture
+def shared_stats(monkeypatch):
+    """Counters of this test's own; the folder that its processes share them in."""
+    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
+    monkeypatch.delenv("FLASHPREFILL_LOG_STATS", raising=False)
+    monkeypatch.setattr(stats, "_recorder", None)
+    stats.share_stats()
+    yield os.environ["FLASHPREFILL_STATS_DIR"]
+    stats.unshare_stats()

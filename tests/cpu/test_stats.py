@@ -7,29 +7,19 @@ from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.routing import DenseReason
 
 
-@pytest.fixture
-def shared(monkeypatch):
-    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.delenv("FLASHPREFILL_LOG_STATS", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
-    yield os.environ["FLASHPREFILL_STATS_DIR"]
-    stats.unshare_stats()
-
-
 def work():
     stats.recorder().add_sparse(100, kept_blocks=30, visible_blocks=60, selection=0.5, attention=1.5)
     stats.recorder().add_dense(DenseReason.DECODE, 7)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_counters_of_all_processes_add_up(shared, method):
+def test_counters_of_all_processes_add_up(shared_stats, method):
     work()
     child = multiprocessing.get_context(method).Process(target=work)
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert len(os.listdir(shared)) == 2, "each process has a file of its own"
+    assert len(os.listdir(shared_stats)) == 2, "each process has a file of its own"
     total = stats.read_stats()
     assert (total.sparse_tokens, total.kept_blocks, total.visible_blocks) == (200, 60, 120)
     assert total.dense_tokens == {"decode": 14}
@@ -37,7 +27,7 @@ def test_counters_of_all_processes_add_up(shared, method):
     assert total.density == 0.5
 
 
-def test_a_difference_is_what_happened_between(shared):
+def test_a_difference_is_what_happened_between(shared_stats):
     work()
     before = stats.read_stats()
     stats.recorder().add_dense(DenseReason.SHORT_PROMPT, 5)
@@ -51,14 +41,14 @@ def test_nothing_registered_is_nothing_counted(monkeypatch):
     assert stats.read_stats() == stats.Stats()
 
 
-def test_what_the_log_says(shared):
+def test_what_the_log_says(shared_stats):
     work()
     assert str(stats.read_stats()) == (
         "density 50.0%, sparse 93.5% of 107 layer-tokens, selection 0.50 s, attention 1.50 s, dense: decode 7"
     )
 
 
-def test_the_log_comes_at_intervals(shared, monkeypatch):
+def test_the_log_comes_at_intervals(shared_stats, monkeypatch):
     lines = []
     now = [0.0]
     monkeypatch.setenv("FLASHPREFILL_LOG_STATS", "5")

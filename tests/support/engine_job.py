@@ -1,4 +1,4 @@
-"""Run prompts through a vLLM engine: a JSON job on stdin, a line with the batches' results.
+"""Run prompts through a vLLM engine; the result is of each batch of each pass.
 
 A job has `engine` (arguments of LLM), `batches` (lists of [prompt token ids, tokens to generate]), and `passes`: the
 batches are run once for each, under options of FlashPrefill that the running engine is given. FlashPrefill comes in by
@@ -8,7 +8,7 @@ an import of the loader from the checkout.
 import json
 import sys
 
-RESULT = "RESULT "
+from tests.support.jobs import finish
 
 
 def load():
@@ -55,7 +55,7 @@ def main():
             before = stats()
             answers = answer(llm, batch)
             results.append({"answers": answers, "stats": vars(stats() - before)})
-    print("\n" + RESULT + json.dumps(results), flush=True)
+    finish(results)
 
 
 if __name__ == "__main__":

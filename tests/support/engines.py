@@ -4,16 +4,14 @@ start; `run_engine` runs it as vLLM does by default, in a process of its own."""
 import contextlib
 import functools
 import gc
-import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests.support import MODEL, ROOT
-from tests.support.engine_job import RESULT, answer
+from tests.support.engine_job import answer
+from tests.support.jobs import run_job
 
 LAYERS = 6
 
@@ -27,10 +25,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-class Failed(Exception):
-    """A process failed; the message is what it wrote."""
 
 
 def environment(**more):
@@ -102,20 +96,8 @@ def run_engine(batches, *, env, passes=({},), **changes):
     """
     engine = engine_arguments(**{"max_model_len": 4096, **changes})
     job = {"engine": engine, "batches": batches, "passes": list(passes)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.engine_job"],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]), **env),
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    log = done.stdout + done.stderr
-    if done.returncode != 0:
-        raise Failed(log)
-    (result,) = (line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT))
-    return json.loads(result), log
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    return run_job("engine_job", job, environment(PYTHONPATH=path, **env))
 
 
 def assert_same(answers, expected, logprob_tolerance=2e-3):

@@ -1,4 +1,4 @@
-"""Run requests through a vLLM engine on the GPU: a JSON job in a file, results in another.
+"""Run requests through a vLLM engine on the GPU; the result is the answers and the statistics.
 
 A job has `engine` (arguments of LLM), `prompts` (lists of token ids), `max_tokens`, and `options` of FlashPrefill, null
 for vLLM's default backend. Engines of one `start_lock` start one after the other.
@@ -8,11 +8,12 @@ import fcntl
 import json
 import os
 import sys
-from pathlib import Path
+
+from tests.support.jobs import finish
 
 
 def main():
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.load(sys.stdin)
     if job["options"] is not None:
         import vllm_flashprefill
 
@@ -35,7 +36,7 @@ def main():
         for output in outputs
     ]
     counted = vars(vllm_flashprefill.stats()) if job["options"] is not None else None
-    Path(sys.argv[2]).write_text(json.dumps({"answers": answers, "stats": counted}))
+    finish({"answers": answers, "stats": counted})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +17,7 @@ from vllm_flashprefill.kernels.fp8 import from_e4m3
 from vllm_flashprefill.kernels.schedule import Schedule, Sequence, schedule_sequences
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.workspace import Workspace
+from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, block_share_ref, dequantise
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
@@ -100,6 +102,13 @@ def make_batch(
         sequences, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
     )
     return Batch(requests, q[None], k, v, block_table, parts, schedule, scales)
+
+
+def planned_batch(requests, config, **options):
+    """(a batch of `make_batch`, the plan of it)"""
+    lens = [[getattr(r, name) for r in requests] for name in ("query_len", "seq_len", "prompt_len")]
+    plan = plan_step(np.cumsum([0, *lens[0]]), np.array(lens[1]), config, np.array(lens[2]))
+    return make_batch(requests, config=config, **options), plan
 
 
 def quantised(x, scale):

@@ -1,4 +1,4 @@
-"""Run one batch of prompts through a vLLM engine: a JSON job on stdin, a line with the answers and the statistics.
+"""Run one batch of prompts through a vLLM engine; the result is the answers and the statistics.
 
 A job has `engine` (arguments of LLM), `prompts` (token ids), `new_tokens`, and `images`: to a prompt's number, the
 side of an image of noise that goes with it. A pooling engine answers with embeddings.
@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-RESULT = "RESULT "
+from tests.support.jobs import finish
 
 
 def inputs(job):
@@ -63,7 +63,7 @@ def main():
     answers = answer(llm, job)
     # Densities arrive behind the GPU's work.
     time.sleep(0.5)
-    print("\n" + RESULT + json.dumps({"answers": answers, "stats": vars(stats() - before)}), flush=True)
+    finish({"answers": answers, "stats": vars(stats() - before)})
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def random_batch(seed, page_size, longest=6000):
                 pages = int(rng.integers(1, requests[row].seq_len // page_size + 1))
                 own = int(rng.choice([0, 0, 1, 100]))
                 rest = int(rng.choice([0, 0, 300]))
-                return new(length(), pages * page_size + own, rest, (row, pages))
+                return new(length(), pages * page_size + own, rest, shares=(row, pages))
         return Request(length(), kind="whole")
 
     requests = []

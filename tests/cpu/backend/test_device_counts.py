@@ -11,16 +11,8 @@ from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.plan import SparseRequest, StepPlan, plan_step
 from vllm_flashprefill.reference import select_blocks_ref
 
+pytestmark = pytest.mark.usefixtures("shared_stats")
 PLAN = StepPlan((SparseRequest(0, 0, 300, 500, 800),), np.empty(0, dtype=np.int64), {})
-
-
-@pytest.fixture(autouse=True)
-def shared(monkeypatch):
-    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
-    yield
-    stats.unshare_stats()
 
 
 def test_visible_blocks_of_a_chunk():

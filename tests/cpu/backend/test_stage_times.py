@@ -3,14 +3,7 @@ import pytest
 from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, StageTimes
 
-
-@pytest.fixture(autouse=True)
-def shared(monkeypatch):
-    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
-    yield
-    stats.unshare_stats()
+pytestmark = pytest.mark.usefixtures("shared_stats")
 
 
 class Device:

@@ -11,6 +11,12 @@ from tests.support import ROOT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
+IMPORTS = """
+import torch
+from tests.support.kernel_cases import check_all, make_batch, sparse_config
+from tests.support.request import Request
+"""
+
 # One process runs a group, since each one imports torch: (alpha, arguments of `make_batch`).
 GROUPS = {
     "paged": {
@@ -65,9 +71,7 @@ def test_all_stages_interpreted(group):
         f"check_all(make_batch(config=config, {batch}), config, 0.125)"
         for name, (alpha, batch) in GROUPS[group].items()
     )
-    run_interpreted(
-        f"import torch\nfrom tests.support.kernel_cases import Request, check_all, make_batch, sparse_config\n{cases}"
-    )
+    run_interpreted(IMPORTS + cases)
 
 
 @needs_triton

@@ -10,14 +10,10 @@ from vllm_flashprefill.patches import metrics_endpoint, registration
 
 
 @pytest.fixture(autouse=True)
-def shown(monkeypatch):
-    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
+def shown(shared_stats):
     metrics_endpoint.show()
     yield
     registration.revert()
-    stats.unshare_stats()
 
 
 @pytest.fixture(params=["one API server", "several API servers"])

@@ -2,19 +2,17 @@
 
 import time
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from tests.support.kernel_cases import make_batch, nan_workspace, sparse_config
+from tests.support.kernel_cases import nan_workspace, planned_batch, sparse_config
 from tests.support.request import Request
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.device_counts import DeviceCounts
 from vllm_flashprefill.kernels.workspace import Workspace, scratch_bytes
-from vllm_flashprefill.plan import plan_step
 
 SCALE = 0.125
 HEADS = 4
@@ -24,11 +22,7 @@ HEADS = 4
 def step():
     config = sparse_config(min_sparse_tokens=1000)
     requests = [Request(1, 500), Request(2000), Request(300), Request(900, 1100, 200)]
-    batch = make_batch(requests, page_size=16, device="cuda", dim=128, dtype=torch.bfloat16, config=config)
-    starts = np.cumsum([0, *(r.query_len for r in requests)])
-    plan = plan_step(
-        starts, np.array([r.seq_len for r in requests]), config, np.array([r.prompt_len for r in requests])
-    )
+    batch, plan = planned_batch(requests, config, page_size=16, device="cuda", dim=128, dtype=torch.bfloat16)
     assert len(plan.sparse) == 2
 
     def run(**options):
@@ -87,12 +81,9 @@ def test_a_reserved_workspace_allocates_nothing(step):
     assert torch.cuda.max_memory_allocated() - before <= out_bytes + 4096
 
 
-def test_layers_are_counted_without_waiting(step, no_sync, monkeypatch):
+def test_layers_are_counted_without_waiting(step, no_sync, shared_stats):
     _, plan, _, run = step
     torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
     try:
         counts = DeviceCounts(torch.device("cuda"))
         run(block_counts=counts.blocks)
@@ -114,4 +105,3 @@ def test_layers_are_counted_without_waiting(step, no_sync, monkeypatch):
         assert total.sparse_tokens == 3 * plan.num_sparse_tokens
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        stats.unshare_stats()

@@ -14,10 +14,7 @@ from vllm_flashprefill.kernels.workspace import Workspace
 
 
 @pytest.mark.parametrize("slab_bytes", [None, 5 << 20])
-def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, monkeypatch):
-    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
+def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, shared_stats):
     config = sparse_config()
     batch = make_batch(
         # Layers that take the GPU longer than the host; else the estimate has its waiting for the host in it.
@@ -61,4 +58,3 @@ def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, monkeypatch):
         assert 0.7 * taken < estimate < 1.1 * taken
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        stats.unshare_stats()

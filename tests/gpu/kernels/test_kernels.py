@@ -11,6 +11,7 @@ from tests.support.kernel_cases import (
     check_e4m3_codes,
     check_select,
     make_batch,
+    planned_batch,
     sparse_config,
     split,
 )
@@ -26,8 +27,9 @@ SCALE = 0.125
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [0, 16, 48, 128, 256])
-def test_ragged_batch_of_chunks(page_size, dim, dtype):
-    config = sparse_config()
+@pytest.mark.parametrize("options", [{}, {"min_share": 0.1}], ids=str)
+def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
+    config = sparse_config(**options)
     requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
     if not page_size:
         requests = [Request(3000), Request(1), Request(129), Request(128), Request(2001)]
@@ -73,9 +75,10 @@ def test_e4m3_without_the_instruction(monkeypatch):
 
 def test_paged_api_with_an_e4m3_cache():
     config = sparse_config(alpha=0.0, min_sparse_tokens=1000)
-    batch, plan = paged_step(
-        [Request(2000), Request(300)], 16, config, kv_dtype=torch.float8_e4m3fn, kv_scales="head", dim=128
-    )
+    batch, plan = planned_batch(
+        [Request(2000), Request(300)], config, page_size=16, device="cuda", kv_dtype=torch.float8_e4m3fn,
+        kv_scales="head", dim=128,
+    )  # fmt: skip
     arguments = (batch.q[0], batch.k, batch.v, batch.block_table, plan)
     options = dict(config=config, softmax_scale=SCALE, **batch.scales)
     out = flash_prefill_paged(*arguments, **options, out=torch.empty_like(batch.q[0]))
@@ -136,19 +139,6 @@ def test_lengths(length, alpha):
 def test_what_is_always_kept(options):
     config = sparse_config(alpha=1.0, **options)
     check_all(make_batch([Request(4000)], dim=128, device="cuda", config=config), config, SCALE)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [0, 16, 48, 128])
-def test_min_share(page_size, dim, dtype):
-    config = sparse_config(min_share=0.1)
-    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
-    if not page_size:
-        requests = [Request(3000), Request(1), Request(129), Request(128), Request(2001)]
-    check_all(
-        make_batch(requests, page_size=page_size, dim=dim, dtype=dtype, device="cuda", config=config), config, SCALE
-    )
 
 
 def test_slabs_change_nothing():
@@ -222,19 +212,12 @@ def test_aligned_chunks_equal_the_whole(chunk):
         assert torch.equal(part, whole[:, start:end])
 
 
-def paged_step(requests, page_size, config, **options):
-    batch = make_batch(requests, page_size=page_size, device="cuda", config=config, **options)
-    starts = np.cumsum([0, *(r.query_len for r in requests)])
-    plan = plan_step(
-        starts, np.array([r.seq_len for r in requests]), config, np.array([r.prompt_len for r in requests])
-    )
-    return batch, plan
-
-
 def test_mixed_step_leaves_other_rows_alone(no_sync):
     torch.cuda.set_sync_debug_mode("default")
     config = sparse_config(min_sparse_tokens=1000)
-    batch, plan = paged_step([Request(1, 500), Request(2000), Request(300), Request(900, 1100, 200)], 16, config)
+    batch, plan = planned_batch(
+        [Request(1, 500), Request(2000), Request(300), Request(900, 1100, 200)], config, page_size=16, device="cuda"
+    )
     assert [request.index for request in plan.sparse] == [1, 3]
     out = torch.full_like(batch.q[0], torch.nan)
     torch.cuda.set_sync_debug_mode("error")
@@ -298,7 +281,7 @@ def test_a_plan_used_on_two_streams():
     from vllm_flashprefill.kernels.schedule import schedule_step
 
     config = sparse_config(min_sparse_tokens=1000)
-    batch, plan = paged_step([Request(2000)], 16, config)
+    batch, plan = planned_batch([Request(2000)], config, page_size=16, device="cuda")
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     schedules = []
     for stream in streams:
