@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from vllm_flashprefill.backend import stats
+from vllm_flashprefill import counters
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -12,7 +12,7 @@ def shared_stats(monkeypatch):
     """Counters of this test's own; the folder that its processes share them in."""
     monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
     monkeypatch.delenv("FLASHPREFILL_LOG_STATS", raising=False)
-    monkeypatch.setattr(stats, "_recorder", None)
-    stats.share_stats()
+    monkeypatch.setattr(counters, "_recorder", None)
+    counters.share_stats()
     yield os.environ["FLASHPREFILL_STATS_DIR"]
-    stats.unshare_stats()
+    counters.unshare_stats()

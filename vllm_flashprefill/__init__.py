@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_flashprefill.config import PRESETS, FlashPrefillConfig
 
 if TYPE_CHECKING:
-    from vllm_flashprefill.backend.stats import Stats
+    from vllm_flashprefill.counters import Stats
 
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "FlashPrefillConfig", "__version__", "register", "revert", "stats"]
@@ -45,6 +45,6 @@ def stats() -> Stats:
 
     Subtract an earlier reading to see one stretch of work.
     """
-    from vllm_flashprefill.backend.stats import read_stats
+    from vllm_flashprefill.counters import read_stats
 
     return read_stats()

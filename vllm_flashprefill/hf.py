@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from vllm_flashprefill.api import DTYPES, HEAD_SIZES, flash_prefill
-from vllm_flashprefill.backend.routing import DenseReason, request_dense_reason
-from vllm_flashprefill.backend.stats import Stats
 from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
+from vllm_flashprefill.counters import Stats
+from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
 NAME = "flashprefill"
 OLDEST_TRANSFORMERS = "4.56"

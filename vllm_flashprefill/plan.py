@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 
-from vllm_flashprefill.backend.routing import DenseReason, request_dense_reason
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
+from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_flashprefill import PRESETS, FlashPrefillConfig, hf
-from vllm_flashprefill.backend.routing import DenseReason
 from vllm_flashprefill.config import PRESETS_BY_HEAD_SIZE
 from vllm_flashprefill.reference import flash_prefill_ref
+from vllm_flashprefill.routing import DenseReason
 
 # Prunes wherever it may, so that a wrong mask, scale or position shows.
 EAGER_TO_PRUNE = dict(min_sparse_tokens=0, num_sink_blocks=1, num_window_blocks=1, num_dense_tail_blocks=0)

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend.routing import DenseReason, layer_dense_reason, layer_index, request_dense_reason
+from vllm_flashprefill.backend.layer_routing import layer_dense_reason, layer_index
 from vllm_flashprefill.plan import plan_step
+from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
 CONFIG = FlashPrefillConfig(min_sparse_tokens=1024)
 

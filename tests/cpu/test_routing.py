@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_flashprefill.backend.routing import engine_dense_reason
+from vllm_flashprefill.backend.layer_routing import engine_dense_reason
 
 DECODER = SimpleNamespace(use_mla=False, attn_type="decoder")
 

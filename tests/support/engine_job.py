@@ -12,7 +12,7 @@ from tests.support.jobs import finish
 
 
 def load():
-    from vllm_flashprefill.patches.registration import installed_vllm, loader_for
+    from vllm_flashprefill.patches.versions import installed_vllm, loader_for
 
     exec(f"from patches import {loader_for(installed_vllm())}")
 

@@ -14,7 +14,8 @@ from tests.support.attention import exact_attention
 from tests.support.engines import vllm_version
 from tests.support.request import Request, structured
 from tests.support.vllm_side import Shape, Side, common_fields, common_metadata, common_values, counted, our_backend
-from vllm_flashprefill.backend import prompt_lengths, stats
+from vllm_flashprefill import counters
+from vllm_flashprefill.backend import prompt_lengths
 from vllm_flashprefill.config import FlashPrefillConfig
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
@@ -127,7 +128,7 @@ class Classes(Side):
     def __init__(self, config, page_size=16, builder_class=None, **changes):
         backend = our_backend()
         shape = Shape(HEADS, KV_HEADS, HEAD_SIZE, DTYPE, page_size)
-        own_builder = backend.__mro__[1].get_builder_cls()
+        own_builder = backend.__bases__[-1].get_builder_cls()
         super().__init__(backend, own_builder, shape, torch.device("cpu"), True, builder_class, **changes)
         self.set_config(config)
         self.impl.vllm_flash_attn_version = 2
@@ -174,7 +175,7 @@ def assert_not_planned(classes, step, metadata, calls):
     with counted() as count:
         out = classes.forward(step, metadata)
     assert [call["attn_metadata"] for call in calls] == [metadata]
-    assert count.stats == stats.Stats(dense_tokens={"not_planned": step.num_tokens})
+    assert count.stats == counters.Stats(dense_tokens={"not_planned": step.num_tokens})
     return out
 
 

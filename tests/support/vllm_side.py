@@ -13,8 +13,8 @@ from unittest import mock
 
 import torch
 
-from vllm_flashprefill.backend import stats
-from vllm_flashprefill.patches.registration import installed_vllm
+from vllm_flashprefill import counters
+from vllm_flashprefill.patches.versions import installed_vllm
 
 MAX_TOKENS = 8192
 LAYER = "model.layers.1.self_attn.attn"
@@ -77,8 +77,8 @@ def vllm_config(heads, kv_heads, head_size, dtype, kv_cache_dtype, full_graphs):
 
 def our_backend():
     """FlashPrefill's FlashAttention backend for the installed vLLM."""
-    name = f"vllm_flashprefill.patches.vllm_{installed_vllm().replace('.', '_')}_cuda"
-    return importlib.import_module(name).FlashPrefillCUDABackend
+    name = f"vllm_flashprefill.patches.vllm_{installed_vllm().replace('.', '_')}_flash_attn"
+    return importlib.import_module(name).FlashPrefillFlashAttnBackend
 
 
 class Side:
@@ -196,6 +196,6 @@ def recorded_forward(impl_class):
 def counted():
     """The statistics of what happens inside, once it is over."""
     result = SimpleNamespace()
-    before = stats._to_stats(stats.recorder()._counters)
+    before = counters._to_stats(counters.recorder()._counters)
     yield result
-    result.stats = stats._to_stats(stats.recorder()._counters) - before
+    result.stats = counters._to_stats(counters.recorder()._counters) - before

@@ -1,4 +1,4 @@
-"""The part of the metadata builder that no vLLM version changes: plan the step, split the batch."""
+"""The part of the metadata builder that no vLLM version changes: plan the step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_flashprefill.backend.batch import host_seq_lens, select_requests
 from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
-from vllm_flashprefill.backend.stats import recorder
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.kernels.schedule import upload
+from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.plan import EMPTY_PLAN, StepPlan, plan_step
 
 
@@ -103,66 +103,3 @@ class FlashPrefillBuilderMixin:
             part: the ``CommonAttentionMetadata`` of those requests alone.
         """
         return super().build(0, part)
-
-
-def host_seq_lens(common: Any) -> torch.Tensor | None:
-    """[num_reqs or more] int32 on the CPU, tokens of each request up to and including this step; None if not there.
-
-    Exact for prefills. vLLM 0.24.0 may not know on the host how many drafted tokens were accepted: then there is a
-    bound alone, which counts all of them, and its property ``seq_lens_cpu`` would wait for a copy from the device.
-    """
-    fields = vars(common)
-    for name in ("_seq_lens_cpu", "seq_lens_cpu", "seq_lens_cpu_upper_bound"):
-        if fields.get(name) is not None:
-            return fields[name]
-    return None
-
-
-def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | torch.Tensor]:
-    """The part of a batch that some of its requests make up. Does not wait for the device.
-
-    Args:
-        common: vLLM's ``CommonAttentionMetadata``.
-        requests: [n] int64, rows of the batch in ascending order.
-
-    Returns:
-        (``CommonAttentionMetadata`` of those n requests, their rows in the packed queries as in `FlashPrefillStep`).
-    """
-    starts = common.query_start_loc_cpu.numpy()
-    lens = np.diff(starts[: common.num_reqs + 1])[requests]
-    new_starts = np.concatenate([[0], np.cumsum(lens)])
-    row_numbers = np.repeat(starts[requests] - new_starts[:-1], lens) + np.arange(new_starts[-1])
-
-    device = common.query_start_loc.device
-    query_start_loc_cpu = torch.from_numpy(new_starts).to(common.query_start_loc_cpu.dtype)
-    requests_cpu = torch.from_numpy(requests)
-    requests_device = upload(requests_cpu, device)
-    if len(row_numbers) and row_numbers[-1] - row_numbers[0] + 1 == len(row_numbers):
-        rows = slice(int(row_numbers[0]), int(row_numbers[-1]) + 1)
-    else:
-        rows = upload(torch.from_numpy(row_numbers), device)
-    seq_lens_cpu = host_seq_lens(common)[requests_cpu]
-    changes = dict(
-        query_start_loc=upload(query_start_loc_cpu, device),
-        query_start_loc_cpu=query_start_loc_cpu,
-        seq_lens=common.seq_lens[requests_device],
-        seq_lens_cpu=seq_lens_cpu,
-        seq_lens_cpu_upper_bound=seq_lens_cpu,
-        num_computed_tokens_cpu=seq_lens_cpu - torch.from_numpy(lens).to(seq_lens_cpu.dtype),
-        num_reqs=len(requests),
-        num_actual_tokens=int(new_starts[-1]),
-        max_query_len=int(lens.max()),
-        max_seq_len=int(seq_lens_cpu.max()),
-        block_table_tensor=common.block_table_tensor[requests_device],
-        slot_mapping=common.slot_mapping[rows],
-        # Made by vLLM 0.24.0 when asked for.
-        _seq_lens_cpu=None,
-        _num_computed_tokens_cpu=None,
-        _num_computed_tokens_cache=None,
-    )
-    if getattr(common, "is_prefilling", None) is not None:
-        changes["is_prefilling"] = common.is_prefilling[requests_cpu]
-    if getattr(common, "positions", None) is not None:
-        changes["positions"] = common.positions[rows]
-    known = {field.name for field in dataclasses.fields(common)}
-    return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows

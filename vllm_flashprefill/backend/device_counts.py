@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from vllm_flashprefill.backend.stats import recorder
+from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.plan import StepPlan
 
 POLL_SECONDS = 0.02

@@ -44,6 +44,7 @@ PREPARED_INPUTS = Source(
 )
 
 _watched: tuple[Source, Any] | None = None
+_wrapped: list[tuple[type, Source]] = []
 
 
 def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
@@ -67,6 +68,7 @@ def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
 
     watched._flashprefill_original = original
     setattr(model_runner_class, source.method, watched)
+    _wrapped.append((model_runner_class, source))
 
 
 def unwatch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
@@ -76,6 +78,12 @@ def unwatch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
     wrapped = getattr(model_runner_class, source.method, None)
     if hasattr(wrapped, "_flashprefill_original"):
         setattr(model_runner_class, source.method, wrapped._flashprefill_original)
+
+
+def unwatch_all() -> None:
+    """Undo every `watch` of this process."""
+    while _wrapped:
+        unwatch(*_wrapped.pop())
 
 
 def prompt_lengths(num_computed_tokens: np.ndarray) -> np.ndarray | None:

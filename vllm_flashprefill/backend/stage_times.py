@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_flashprefill.backend.stats import recorder
+from vllm_flashprefill.counters import recorder
 
 # More than the layers of most models, so at most one a step; prime, so that each layer has its turn.
 LAYERS_PER_TURN = 127

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vllm_flashprefill.config import BLOCK_SIZE
+from vllm_flashprefill.device import upload
 from vllm_flashprefill.plan import StepPlan
 
 LIST_BYTES = 128 << 20
@@ -178,11 +179,3 @@ def schedule_step(plan: StepPlan, *, num_heads: int, num_dense_tail_blocks: int,
 def _current_stream(device: torch.device) -> int:
     """What an uploaded schedule is kept by: another stream might read it before it has arrived."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device, without waiting for it."""
-    if device.type == "cuda":
-        # From pageable memory the driver may wait for the stream.
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
-from vllm_flashprefill.backend.impl import CPUFlashPrefillImplMixin, written_as
-from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill.backend.attention_impl import CPUFlashPrefillImplMixin, written_as
+from vllm_flashprefill.routing import DenseReason
 
 
 class CPUAttnCacheImplMixin(CPUFlashPrefillImplMixin):

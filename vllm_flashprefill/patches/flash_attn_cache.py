@@ -1,15 +1,15 @@
-"""FlashAttention's KV cache in vLLM 0.10.0 and 0.12.0: [2, num_pages, page_size, G, D], written in `forward`."""
+"""FlashAttention's KV cache: how vLLM makes one, and the one of 0.10.0 and 0.12.0, which `forward` writes."""
 
 from __future__ import annotations
 
 import torch
 from vllm.v1.attention.backends import flash_attn
 
-from vllm_flashprefill.backend.cuda_builder import CUDAFlashPrefillBuilderMixin
-from vllm_flashprefill.backend.cuda_impl import CUDAFlashPrefillImplMixin
+from vllm_flashprefill.backend.flash_attn_builder import FlashAttnBuilderMixin
+from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
 
 
-class FlashAttentionCacheBuilderMixin(CUDAFlashPrefillBuilderMixin):
+class FlashAttnCacheBuilderMixin(FlashAttnBuilderMixin):
     def new_cache(self, num_pages, page_size, num_kv_heads, head_size, dtype, device) -> torch.Tensor:
         backend = flash_attn.FlashAttentionBackend
         shape = backend.get_kv_cache_shape(num_pages, page_size, num_kv_heads, head_size)
@@ -18,7 +18,9 @@ class FlashAttentionCacheBuilderMixin(CUDAFlashPrefillBuilderMixin):
         return cache.permute([order.index(dim) for dim in range(len(order))])
 
 
-class FlashAttentionCacheImplMixin(CUDAFlashPrefillImplMixin):
+class FlashAttnCacheImplMixin(FlashAttnImplMixin):
+    """[2, num_pages, page_size, G, D]."""
+
     def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
         flash_attn.reshape_and_cache_flash(
             key,

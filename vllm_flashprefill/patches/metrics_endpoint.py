@@ -18,9 +18,9 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_flashprefill.backend.routing import DenseReason
-from vllm_flashprefill.backend.stats import Stats, read_stats
-from vllm_flashprefill.patches import registration
+from vllm_flashprefill.counters import Stats, read_stats
+from vllm_flashprefill.patches import undo
+from vllm_flashprefill.routing import DenseReason
 
 PREFIX = "vllm:flashprefill_"
 
@@ -62,8 +62,8 @@ def show() -> None:
             REGISTRY.unregister(collector)
 
     REGISTRY.register(collector)
-    registration.on_revert(remove)
-    registration.wrap(MultiProcessCollector, "collect", add_ours)
+    undo.on_revert(remove)
+    undo.wrap(MultiProcessCollector, "collect", add_ours)
 
 
 def _metrics(stats: Stats) -> Iterator[Metric]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_flashprefill.patches import registration
+from vllm_flashprefill.patches import engine_checks, registration, undo
 from vllm_flashprefill.patches.registration import revert
 
 __all__ = ["load", "revert"]
@@ -21,7 +21,7 @@ CLASS_PATHS = {
         "vllm_flashprefill.patches.vllm_0_10_0_cpu.FlashPrefillCPUBackend"
     ),
     "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend": (
-        "vllm_flashprefill.patches.vllm_0_10_0_cuda.FlashPrefillCUDABackend"
+        "vllm_flashprefill.patches.vllm_0_10_0_flash_attn.FlashPrefillFlashAttnBackend"
     ),
 }
 
@@ -34,10 +34,9 @@ def load() -> None:
 def _apply() -> None:
     from vllm import envs
     from vllm.attention.selector import _cached_get_attn_backend
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    def require_v1() -> None:
+    def require_v1(vllm_config: Any = None) -> None:
         if not envs.VLLM_USE_V1:
             raise RuntimeError(
                 "FlashPrefill serves vLLM 0.10.0's V1 engine only; unset VLLM_USE_V1=0 or the option that needs V0"
@@ -51,20 +50,11 @@ def _apply() -> None:
 
         return classmethod(get_attn_backend_cls)
 
-    def check_engine(original: Any) -> Any:
-        @functools.wraps(original)
-        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            vllm_config = original(self, *args, **kwargs)
-            require_v1()
-            return vllm_config
-
-        return create_engine_config
-
     require_v1()
-    registration.wrap(type(current_platform), "get_attn_backend_cls", answer_ours)
-    registration.wrap(EngineArgs, "create_engine_config", check_engine)
+    undo.wrap(type(current_platform), "get_attn_backend_cls", answer_ours)
+    engine_checks.on_engine_config(require_v1)
     _cached_get_attn_backend.cache_clear()
-    registration.on_revert(_cached_get_attn_backend.cache_clear)
+    undo.on_revert(_cached_get_attn_backend.cache_clear)
 
 
 load()

@@ -12,20 +12,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     TorchSDPAMetadataBuilderV1,
 )
 
+from vllm_flashprefill.backend.attention_impl import CPUFlashPrefillImplMixin
 from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
-from vllm_flashprefill.backend.impl import CPUFlashPrefillImplMixin
-from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 from vllm_flashprefill.plan import StepPlan
-
-
-class FlashPrefillCPUBackend(TorchSDPABackend):
-    @staticmethod
-    def get_impl_cls() -> type[FlashPrefillCPUImpl]:
-        return FlashPrefillCPUImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashPrefillCPUMetadataBuilder]:
-        return FlashPrefillCPUMetadataBuilder
+from vllm_flashprefill.routing import DenseReason
 
 
 class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, TorchSDPAMetadataBuilderV1):
@@ -48,12 +39,10 @@ class FlashPrefillCPUImpl(CPUFlashPrefillImplMixin, TorchSDPABackendImpl):
         return reason
 
     def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
-        k_cache, v_cache = self._split(kv_cache)
         self.paged_attn_impl.write_to_paged_cache(
             key,
             value,
-            k_cache,
-            v_cache,
+            *self._split(kv_cache),
             attn_metadata.slot_mapping,
             self.kv_cache_dtype,
             layer._k_scale,
@@ -70,3 +59,8 @@ class FlashPrefillCPUImpl(CPUFlashPrefillImplMixin, TorchSDPABackendImpl):
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [num_pages, G, page_size, D] each."""
         return self.paged_attn_impl.split_kv_cache(kv_cache, self.num_kv_heads, self.head_size)
+
+
+class FlashPrefillCPUBackend(FlashPrefillBackendMixin, TorchSDPABackend):
+    flashprefill_impl = FlashPrefillCPUImpl
+    flashprefill_builder = FlashPrefillCPUMetadataBuilder

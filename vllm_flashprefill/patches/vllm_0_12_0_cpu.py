@@ -12,16 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
 from vllm_flashprefill.patches.cpu_attn_cache import CPUAttnCacheImplMixin
-
-
-class FlashPrefillCPUBackend(CPUAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[FlashPrefillCPUImpl]:
-        return FlashPrefillCPUImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashPrefillCPUMetadataBuilder]:
-        return FlashPrefillCPUMetadataBuilder
+from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 
 
 class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, CPUAttentionMetadataBuilder):
@@ -36,3 +27,8 @@ class FlashPrefillCPUImpl(CPUAttnCacheImplMixin, CPUAttentionBackendImpl):
     def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k_cache, v_cache = kv_cache.unbind(0)
         return k_cache, v_cache
+
+
+class FlashPrefillCPUBackend(FlashPrefillBackendMixin, CPUAttentionBackend):
+    flashprefill_impl = FlashPrefillCPUImpl
+    flashprefill_builder = FlashPrefillCPUMetadataBuilder

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_flashprefill import counters
 from vllm_flashprefill.api import flash_prefill_paged
-from vllm_flashprefill.backend import device_counts, stats
+from vllm_flashprefill.backend import device_counts
 from vllm_flashprefill.backend.device_counts import DeviceCounts
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.plan import SparseRequest, StepPlan, plan_step
@@ -27,7 +28,7 @@ def test_a_layer_is_counted_once():
         counts.blocks += torch.tensor([30, 2 * 22])
         counts.layer_done(PLAN, num_heads=2)
         counts.report()
-    total = stats.read_stats()
+    total = counters.read_stats()
     assert (total.sparse_tokens, total.kept_blocks, total.visible_blocks) == (600, 60, 88)
 
 
@@ -39,13 +40,13 @@ def test_what_has_not_arrived_is_waited_for_by_the_thread_alone(monkeypatch):
     threading.Thread(target=counts._report_as_it_arrives, daemon=True).start()
     counts.layer_done(PLAN, num_heads=1)
     assert not counts.report()
-    assert stats.read_stats().density is None
+    assert counters.read_stats().density is None
     counts._host += torch.tensor([11, 22])
     for _ in range(1000):
-        if stats.read_stats().visible_blocks:
+        if counters.read_stats().visible_blocks:
             break
         threading.Event().wait(0.005)
-    total = stats.read_stats()
+    total = counters.read_stats()
     assert (total.sparse_tokens, total.density) == (300, 0.5)
     assert counts.report()
 

@@ -1,6 +1,6 @@
 import pytest
 
-from vllm_flashprefill.backend import stats
+from vllm_flashprefill import counters
 from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, StageTimes
 
 pytestmark = pytest.mark.usefixtures("shared_stats")
@@ -54,7 +54,7 @@ def test_timed_layers_stand_for_all(num_slabs):
     times = StageTimes(device.event)
     timed = [device.run_layer(times, num_slabs) for _ in range(4 * LAYERS_PER_TURN)]
     assert [n for n, turn in enumerate(timed, 1) if turn] == [LAYERS_PER_TURN * n for n in (1, 2, 3, 4)]
-    total = stats.read_stats()
+    total = counters.read_stats()
     # The last turn is read at the next one.
     layers = 3 * LAYERS_PER_TURN * num_slabs
     assert (total.selection_seconds, total.attention_seconds) == pytest.approx((0.002 * layers, 0.005 * layers))
@@ -71,14 +71,14 @@ def test_a_device_that_is_behind_is_not_waited_for():
     device.behind = True
     for _ in range(2 * LAYERS_PER_TURN):
         assert not device.run_layer(times)
-    assert stats.read_stats().attention_seconds == 0
+    assert counters.read_stats().attention_seconds == 0
     device.behind = False
     assert device.run_layer(times, selection=3.0)
-    assert stats.read_stats().attention_seconds == pytest.approx(0.005 * LAYERS_PER_TURN)
+    assert counters.read_stats().attention_seconds == pytest.approx(0.005 * LAYERS_PER_TURN)
     # The layers that had no turn are counted by the one that came late.
     for _ in range(LAYERS_PER_TURN):
         device.run_layer(times)
-    total = stats.read_stats()
+    total = counters.read_stats()
     assert total.attention_seconds == pytest.approx(0.005 * (3 * LAYERS_PER_TURN + 1))
     assert total.selection_seconds == pytest.approx(0.002 * LAYERS_PER_TURN + 0.003 * (2 * LAYERS_PER_TURN + 1))
 
@@ -91,4 +91,4 @@ def test_a_layer_that_failed_half_way_is_no_harm():
     times.next_layer()()
     for _ in range(2 * LAYERS_PER_TURN):
         device.run_layer(times)
-    assert stats.read_stats().attention_seconds == pytest.approx(0.005 * LAYERS_PER_TURN)
+    assert counters.read_stats().attention_seconds == pytest.approx(0.005 * LAYERS_PER_TURN)

@@ -4,9 +4,9 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_flashprefill.backend import stats
-from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill import counters
 from vllm_flashprefill.patches import metrics_endpoint, registration
+from vllm_flashprefill.routing import DenseReason
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +43,9 @@ def samples(registry):
 
 
 def test_what_a_scrape_says(registry):
-    stats.recorder().add_sparse(100, kept_blocks=30, visible_blocks=40, selection=0.5, attention=1.5)
-    stats.recorder().add_dense(DenseReason.DECODE, 7)
-    stats.recorder().add_dense(DenseReason.SHORT_PROMPT, 9)
+    counters.recorder().add_sparse(100, kept_blocks=30, visible_blocks=40, selection=0.5, attention=1.5)
+    counters.recorder().add_dense(DenseReason.DECODE, 7)
+    counters.recorder().add_dense(DenseReason.SHORT_PROMPT, 9)
     assert samples(registry) == {
         "sparse_tokens_total": 100,
         'dense_tokens_total{reason="decode"}': 7,
@@ -78,12 +78,12 @@ def test_counters_are_there_before_anything_happened(registry):
 
 
 def test_what_a_process_counted_stays_when_it_is_gone(registry):
-    stats.recorder().add_sparse(100, kept_blocks=30, visible_blocks=40, selection=0.5, attention=1.5)
+    counters.recorder().add_sparse(100, kept_blocks=30, visible_blocks=40, selection=0.5, attention=1.5)
     # A new process that happens to get the number of the one that is gone.
-    stats._recorder = None
-    stats.recorder()
+    counters._recorder = None
+    counters.recorder()
     assert samples(registry)["sparse_tokens_total"] == 100
-    stats.recorder().add_sparse(11, kept_blocks=3, visible_blocks=4, selection=0.0, attention=0.0)
+    counters.recorder().add_sparse(11, kept_blocks=3, visible_blocks=4, selection=0.0, attention=0.0)
     assert samples(registry)["sparse_tokens_total"] == 111
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from tests.support.attention import plain_kernels
 from tests.support.vllm_side import recorded_forward
-from vllm_flashprefill.backend import stats
+from vllm_flashprefill import counters
 from vllm_flashprefill.backend.device_counts import device_counts
 
 
@@ -14,7 +14,7 @@ def model():
 @pytest.fixture(autouse=True)
 def own_counters(monkeypatch):
     """Engines that other tests start in this process make theirs, and other tests' counts are none of these."""
-    monkeypatch.setattr(stats, "_recorder", None)
+    monkeypatch.setattr(counters, "_recorder", None)
     device_counts.cache_clear()
 
 

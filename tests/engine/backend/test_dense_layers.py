@@ -18,8 +18,8 @@ from tests.support.flash_attn_step import (
 )
 from tests.support.request import Request
 from tests.support.vllm_side import counted
-from vllm_flashprefill.backend import stats
-from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill import counters
+from vllm_flashprefill.routing import DenseReason
 
 
 def test_a_profile_run_is_vllms_own(calls):
@@ -29,7 +29,7 @@ def test_a_profile_run_is_vllms_own(calls):
     with counted() as count:
         classes.forward(step, None)
     assert len(calls) == 1
-    assert count.stats == stats.Stats()
+    assert count.stats == counters.Stats()
 
 
 def test_a_quantised_output_is_refused_by_vllm(calls):
@@ -83,4 +83,4 @@ def test_a_dense_layer_takes_a_mixed_step_whole(calls):
     with counted() as count:
         assert_dense(step, classes.forward(step, metadata))
     assert [call["attn_metadata"] for call in calls] == [metadata]
-    assert count.stats == stats.Stats(dense_tokens={"dense_layer": 601})
+    assert count.stats == counters.Stats(dense_tokens={"dense_layer": 601})

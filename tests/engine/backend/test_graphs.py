@@ -6,7 +6,7 @@ from tests.support.engines import vllm_version
 from tests.support.flash_attn_step import EXACT, Classes, Step, assert_dense
 from tests.support.request import Request
 from tests.support.vllm_side import counted
-from vllm_flashprefill.backend import stats
+from vllm_flashprefill import counters
 
 
 def test_a_captured_batch_is_vllms_own_and_not_counted(calls):
@@ -17,7 +17,7 @@ def test_a_captured_batch_is_vllms_own_and_not_counted(calls):
     with counted() as count:
         assert_dense(step, classes.forward(step, metadata))
     assert [call["attn_metadata"] for call in calls] == [metadata]
-    assert count.stats == stats.Stats()
+    assert count.stats == counters.Stats()
 
 
 def test_no_mixed_batch_is_a_full_graph(calls, monkeypatch):

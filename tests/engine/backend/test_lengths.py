@@ -21,7 +21,7 @@ from tests.support.flash_attn_step import (
 )
 from tests.support.request import Request
 from vllm_flashprefill.backend import prompt_lengths
-from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill.routing import DenseReason
 
 
 @needs("seq_lens_cpu_upper_bound")

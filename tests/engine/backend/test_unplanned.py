@@ -18,7 +18,7 @@ from tests.support.flash_attn_step import (
 )
 from tests.support.request import Request
 from tests.support.vllm_side import our_backend
-from vllm_flashprefill.backend.routing import DenseReason
+from vllm_flashprefill.routing import DenseReason
 
 
 def test_a_draft_models_batch_is_vllms_own(calls):

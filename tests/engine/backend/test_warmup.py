@@ -4,7 +4,7 @@ import torch
 
 from tests.support.flash_attn_step import DTYPE, EXACT, HEAD_SIZE, HEADS, KV_HEADS, Classes
 from tests.support.vllm_side import MAX_TOKENS
-from vllm_flashprefill.backend import cuda_builder
+from vllm_flashprefill.backend import warmup
 
 
 def test_scratch_is_reserved_with_the_layer(calls):
@@ -26,21 +26,21 @@ def test_scratch_is_reserved_with_the_layer(calls):
 def test_kernels_are_compiled_once_for_each_kind_of_layer(calls, monkeypatch):
     from vllm.config import set_current_vllm_config
 
-    monkeypatch.setattr(cuda_builder, "_compiled", set())
+    monkeypatch.setattr(warmup, "_compiled", set())
     ran = []
-    paged = cuda_builder.flash_prefill_paged
+    paged = warmup.flash_prefill_paged
 
     def record(q, k_cache, *args, **kwargs):
         ran.append((*q.shape[1:], *k_cache.shape[1:]))
         return paged(q, k_cache, *args, **kwargs)
 
-    monkeypatch.setattr(cuda_builder, "flash_prefill_paged", record)
+    monkeypatch.setattr(warmup, "flash_prefill_paged", record)
     classes = Classes(EXACT, 32)
     impls = [classes.impl, Classes(EXACT).impl, Classes(EXACT, sliding_window=64).impl]
     # Builders are made where vLLM's config is the current one, which its cache's layout is taken from.
     with set_current_vllm_config(classes.vllm_config):
         for page_size in (32, 32, 128):
-            cuda_builder.compile_kernels(
+            warmup.compile_kernels(
                 impls, classes.builder.new_cache, page_size=page_size, dtype=DTYPE, device=torch.device("cpu")
             )
     assert ran == [(HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE) for page_size in (32, 128)]

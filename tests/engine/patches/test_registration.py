@@ -19,11 +19,11 @@ import torch
 import vllm_flashprefill
 from tests.support import MODEL, ROOT
 from tests.support.engines import engine_arguments, environment, flashprefill_metrics, run_engine, vllm_version
-from vllm_flashprefill.patches import registration
+from vllm_flashprefill.patches import versions
 
 VERSION = vllm_version()
 LOADER = f"patch_loader_vllm_{VERSION.replace('.', '_')}"
-OTHERS = [loader for loader in registration.LOADERS.values() if loader != LOADER]
+OTHERS = [loader for loader in versions.LOADERS.values() if loader != LOADER]
 
 
 @pytest.fixture(autouse=True)
@@ -227,22 +227,22 @@ def test_the_loader_of_another_version_names_the_right_one(other):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    registration._warn_untested.cache_clear()
+    versions._warn_untested.cache_clear()
     warnings = []
-    monkeypatch.setattr(registration.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(versions.logger, "warning", lambda text, *values: warnings.append(text % values))
     yield warnings
-    registration._warn_untested.cache_clear()
+    versions._warn_untested.cache_clear()
 
 
 def test_versions_without_a_loader_of_their_own(monkeypatch, warnings):
     with pytest.raises(RuntimeError, match=r"supports vLLM 0.10.0, 0.12.0, 0.24.0, not 0.9.2"):
-        registration.loader_for("0.9.2")
-    assert registration.loader_for("0.11.1") == "patch_loader_vllm_0_10_0"
-    assert registration.loader_for("0.23.0") == "patch_loader_vllm_0_12_0"
-    assert registration.loader_for("0.99.0") == "patch_loader_vllm_0_24_0"
+        versions.loader_for("0.9.2")
+    assert versions.loader_for("0.11.1") == "patch_loader_vllm_0_10_0"
+    assert versions.loader_for("0.23.0") == "patch_loader_vllm_0_12_0"
+    assert versions.loader_for("0.99.0") == "patch_loader_vllm_0_24_0"
     assert [warning.count("is tested with vLLM 0.10.0, 0.12.0, 0.24.0, not 0.") for warning in warnings] == [1, 1, 1]
     monkeypatch.setattr("vllm.__version__", "0.12.0+cu129")
-    assert registration.installed_vllm() == "0.12.0"
+    assert versions.installed_vllm() == "0.12.0"
 
 
 def test_a_vllm_newer_than_the_newest_loader(monkeypatch, warnings):
@@ -360,7 +360,7 @@ def test_the_cuda_platform_gives_layers_our_backend(monkeypatch, choice):
     monkeypatch.setattr("vllm.platforms._current_platform", NonNvmlCudaPlatform())
     with set_current_vllm_config(config):
         backend = get_attn_backend(64, torch.bfloat16, "auto", **selected)
-    assert backend.__module__ == f"vllm_flashprefill.patches.vllm_{VERSION.replace('.', '_')}_cuda"
+    assert backend.__module__ == f"vllm_flashprefill.patches.vllm_{VERSION.replace('.', '_')}_flash_attn"
     # In the engine vLLM asks for the name of its own backend.
     assert backend.get_name() == "FLASH_ATTN"
 

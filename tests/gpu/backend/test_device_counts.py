@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from tests.support.kernel_cases import nan_workspace, planned_batch, sparse_config
 from tests.support.request import Request
+from vllm_flashprefill import counters
 from vllm_flashprefill.api import flash_prefill_paged
-from vllm_flashprefill.backend import stats
 from vllm_flashprefill.backend.device_counts import DeviceCounts
 from vllm_flashprefill.kernels.workspace import Workspace, scratch_bytes
 
@@ -96,7 +96,7 @@ def test_layers_are_counted_without_waiting(step, no_sync, shared_stats):
                 run(block_counts=counts.blocks)
                 counts.layer_done(plan, HEADS)
         for _ in range(500):
-            total = stats.read_stats()
+            total = counters.read_stats()
             if total.visible_blocks == 3 * HEADS * plan.visible_blocks:
                 break
             time.sleep(0.01)

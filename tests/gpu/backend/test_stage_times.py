@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from tests.support.kernel_cases import make_batch, sparse_config
 from tests.support.request import Request
-from vllm_flashprefill.backend import stats
+from vllm_flashprefill import counters
 from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, stage_times
 from vllm_flashprefill.kernels import pipeline
 from vllm_flashprefill.kernels.workspace import Workspace
@@ -47,7 +47,7 @@ def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, shared_stats):
                 torch.cuda.synchronize()
         end.record()
         end.synchronize()
-        total = stats.read_stats()
+        total = counters.read_stats()
         # The fifth turn has not been read.
         estimate, taken = total.selection_seconds + total.attention_seconds, start.elapsed_time(end) / 1000 * 4 / 5
         print(

@@ -10,20 +10,11 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_flashprefill.patches.flash_attn_cache import FlashAttentionCacheBuilderMixin, FlashAttentionCacheImplMixin
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheBuilderMixin, FlashAttnCacheImplMixin
+from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 
 
-class FlashPrefillCUDABackend(FlashAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[FlashPrefillCUDAImpl]:
-        return FlashPrefillCUDAImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashPrefillCUDAMetadataBuilder]:
-        return FlashPrefillCUDAMetadataBuilder
-
-
-class FlashPrefillCUDAMetadataBuilder(FlashAttentionCacheBuilderMixin, FlashAttentionMetadataBuilder):
+class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAttentionMetadataBuilder):
     def build(self, *args: Any, **kwargs: Any) -> Any:
         metadata = super().build(*args, **kwargs)
         step = getattr(metadata, "flashprefill", None)
@@ -35,5 +26,10 @@ class FlashPrefillCUDAMetadataBuilder(FlashAttentionCacheBuilderMixin, FlashAtte
         return not self._has_sparse and super().can_run_in_cudagraph(common_attn_metadata)
 
 
-class FlashPrefillCUDAImpl(FlashAttentionCacheImplMixin, FlashAttentionImpl):
+class FlashPrefillFlashAttnImpl(FlashAttnCacheImplMixin, FlashAttentionImpl):
     pass
+
+
+class FlashPrefillFlashAttnBackend(FlashPrefillBackendMixin, FlashAttentionBackend):
+    flashprefill_impl = FlashPrefillFlashAttnImpl
+    flashprefill_builder = FlashPrefillFlashAttnMetadataBuilder

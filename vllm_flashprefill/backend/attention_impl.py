@@ -10,11 +10,12 @@ import torch
 
 from vllm_flashprefill.backend.builder import FlashPrefillStep
 from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
-from vllm_flashprefill.backend.routing import DenseReason, layer_dense_reason
-from vllm_flashprefill.backend.stats import recorder
+from vllm_flashprefill.backend.layer_routing import layer_dense_reason
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.plan import SparseRequest
 from vllm_flashprefill.reference import gather_pages, select_blocks_ref
+from vllm_flashprefill.routing import DenseReason
 
 
 class FlashPrefillImplMixin:

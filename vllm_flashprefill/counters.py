@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_flashprefill.backend.routing import DenseReason
 from vllm_flashprefill.config import ENV_STATS_DIR, log_interval
+from vllm_flashprefill.routing import DenseReason
 
 # Under vLLM's own logger, so that its handlers and levels apply.
 logger = logging.getLogger("vllm.flashprefill")

@@ -6,36 +6,20 @@ import dataclasses
 from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_flashprefill.backend.cuda_impl import CUDAFlashPrefillImplMixin
+from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
 from vllm_flashprefill.backend.prompt_lengths import PREPARED_INPUTS, watch
-from vllm_flashprefill.kernels.schedule import upload
-from vllm_flashprefill.patches.flash_attn_cache import FlashAttentionCacheBuilderMixin
+from vllm_flashprefill.device import upload
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheBuilderMixin
+from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 
 
-class FlashPrefillCUDABackend(FlashAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[FlashPrefillCUDAImpl]:
-        return FlashPrefillCUDAImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashPrefillCUDAMetadataBuilder]:
-        return FlashPrefillCUDAMetadataBuilder
-
-
-class FlashPrefillCUDAMetadataBuilder(FlashAttentionCacheBuilderMixin, FlashAttentionMetadataBuilder):
-    @classmethod
-    def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-        # With FlashAttention 3 vLLM's own class allows full graphs of mixed batches.
-        support = super().get_cudagraph_support(*args, **kwargs)
-        return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
-
+class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAttentionMetadataBuilder):
     def watch_model_runners(self) -> None:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -57,12 +41,18 @@ class FlashPrefillCUDAMetadataBuilder(FlashAttentionCacheBuilderMixin, FlashAtte
         return updated
 
 
-class FlashPrefillCUDAImpl(CUDAFlashPrefillImplMixin, FlashAttentionImpl):
+class FlashPrefillFlashAttnImpl(FlashAttnImplMixin, FlashAttentionImpl):
     dense_forward_writes_kv = False
 
     def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
         """vLLM has, by `do_kv_cache_update`."""
 
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # [num_pages, 2, page_size, G, D].
         k_cache, v_cache = kv_cache.unbind(1)
         return k_cache, v_cache
+
+
+class FlashPrefillFlashAttnBackend(FlashPrefillBackendMixin, FlashAttentionBackend):
+    flashprefill_impl = FlashPrefillFlashAttnImpl
+    flashprefill_builder = FlashPrefillFlashAttnMetadataBuilder

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 
 from vllm_flashprefill.api import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE, flash_prefill_paged
+from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
 from vllm_flashprefill.backend.builder import FlashPrefillStep
 from vllm_flashprefill.backend.device_counts import device_counts
-from vllm_flashprefill.backend.impl import FlashPrefillImplMixin
-from vllm_flashprefill.backend.routing import DenseReason, impl_dense_reason
+from vllm_flashprefill.backend.layer_routing import impl_dense_reason
 from vllm_flashprefill.backend.stage_times import stage_times
 from vllm_flashprefill.kernels.workspace import scratch_bytes, shared_workspace
+from vllm_flashprefill.routing import DenseReason
 
 
-class CUDAFlashPrefillImplMixin(FlashPrefillImplMixin):
+class FlashAttnImplMixin(FlashPrefillImplMixin):
     """Goes before a version's FlashAttentionImpl.
 
     A version's class says how that vLLM writes the cache (`write_kv`) and how its cache looks (`paged_kv`).

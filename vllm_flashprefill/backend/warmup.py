@@ -1,0 +1,66 @@
+"""Compiles the kernels before serving: they are run once for each kind of layer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from vllm_flashprefill.api import DTYPES, PAGE_SIZE_MULTIPLE, flash_prefill_paged
+from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
+from vllm_flashprefill.plan import SparseRequest, StepPlan
+
+logger = logging.getLogger("vllm.flashprefill")
+
+# What the kernels were compiled for in this process.
+_compiled: set[tuple] = set()
+
+
+def compile_kernels(
+    impls: Iterable[FlashAttnImplMixin],
+    new_cache: Callable[..., torch.Tensor],
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Run the kernels once for each kind of layer, so that no request waits for a compiler.
+
+    Lengths, thresholds and the batch are arguments of the kernels at run time; what they are compiled for is here.
+    """
+    if page_size % PAGE_SIZE_MULTIPLE or dtype not in DTYPES:
+        return
+    for impl in impls:
+        config = impl.flashprefill_config
+        constants = config.row_share, config.num_sink_blocks, config.num_window_blocks
+        kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtype, device, constants)
+        if not impl.may_be_sparse or kind in _compiled:
+            continue
+        _compiled.add(kind)
+        started = time.perf_counter()
+        length = 256
+        num_pages = -(-length // page_size)
+        cache = new_cache(num_pages, page_size, impl.num_kv_heads, impl.head_size, dtype, device).zero_()
+        q = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
+        flash_prefill_paged(
+            q,
+            *impl.paged_kv(cache),
+            torch.arange(num_pages, dtype=torch.int32, device=device)[None],
+            StepPlan((SparseRequest(0, 0, length, 0, length),), np.empty(0, dtype=np.int64), {}),
+            config=config,
+            softmax_scale=impl.scale,
+            out=torch.empty_like(q),
+            block_counts=torch.zeros(2, dtype=torch.int64, device=device),
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        logger.info(
+            "FlashPrefill: compiled its kernels for %d/%d heads of %d, %s, pages of %d in %.1f s",
+            *kind[:3],
+            dtype,
+            page_size,
+            time.perf_counter() - started,
+        )

@@ -1,0 +1,87 @@
+"""What is checked of an engine's options and device before its model loads.
+
+Target: ``EngineArgs.create_engine_config``.
+Why: an error in the engine's or a worker's process comes late, after a traceback.
+How: each check runs on the ``VllmConfig`` that the method returns.
+Can go: once vLLM asks its plugins about an engine's options.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vllm_flashprefill.backend.layer_routing import engine_dense_reason
+from vllm_flashprefill.config import ENV_ENABLE, FlashPrefillConfig
+from vllm_flashprefill.patches import undo
+
+logger = logging.getLogger("vllm.flashprefill")
+
+
+def check_engines() -> None:
+    """Check the device and the options of each engine that this process configures, and log what the options are."""
+
+    def check(vllm_config: Any) -> None:
+        _check_device()
+        logger.info("FlashPrefill: %s", FlashPrefillConfig.from_vllm(vllm_config))
+        _warn_if_all_is_dense(vllm_config)
+
+    on_engine_config(check)
+
+
+def on_engine_config(check: Callable[[Any], None]) -> None:
+    """Run a check on each engine's ``VllmConfig`` when it is made, after the checks that are there."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def checked(original: Any) -> Any:
+        @functools.wraps(original)
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            vllm_config = original(self, *args, **kwargs)
+            check(vllm_config)
+            return vllm_config
+
+        return create_engine_config
+
+    undo.wrap(EngineArgs, "create_engine_config", checked)
+
+
+def _warn_if_all_is_dense(vllm_config: Any) -> None:
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    # An option since vLLM 0.13, an environment variable before.
+    chosen = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    backend = getattr(chosen, "name", chosen) or getattr(envs, "VLLM_ATTENTION_BACKEND", None)
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    reason = engine_dense_reason(vllm_config.model_config, backend, capability)
+    if reason is not None:
+        logger.warning("FlashPrefill: every prefill of this engine stays dense: %s", reason)
+
+
+def _check_device() -> None:
+    """What the kernels need, asked without touching the GPU: this process may be about to fork."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return
+    instead = f"unset {ENV_ENABLE}, or do not import its loader, to serve dense"
+    if not current_platform.is_cuda():
+        raise RuntimeError(
+            f"FlashPrefill runs on NVIDIA GPUs and CPUs, not on {current_platform.device_name}; {instead}"
+        )
+    if not current_platform.has_device_capability(80):
+        capability = current_platform.get_device_capability()
+        raise RuntimeError(
+            "FlashPrefill's kernels need a GPU of compute capability 8.0 (Ampere) or newer, this one has "
+            f"{capability.major}.{capability.minor}; {instead}"
+        )
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise RuntimeError(
+            f"FlashPrefill's kernels need Triton, which cannot be imported ({error}); install the triton release "
+            f"that the installed torch names, or {instead}"
+        ) from error

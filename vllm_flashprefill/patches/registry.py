@@ -1,0 +1,54 @@
+"""What the patches of different vLLM versions share: the backend class, and the loader where vLLM has a registry."""
+
+from __future__ import annotations
+
+import importlib
+
+from vllm_flashprefill.patches import undo
+
+
+class FlashPrefillBackendMixin:
+    """Goes before a vLLM backend class, and has it answer our impl and builder.
+
+    Attributes:
+        flashprefill_impl: goes before the impl class of the vLLM backend.
+        flashprefill_builder: goes before its metadata builder class.
+    """
+
+    flashprefill_impl: type
+    flashprefill_builder: type
+
+    @classmethod
+    def get_impl_cls(cls) -> type:
+        return cls.flashprefill_impl
+
+    @classmethod
+    def get_builder_cls(cls) -> type:
+        return cls.flashprefill_builder
+
+
+def override_backends(attention: str, classes: str) -> None:
+    """Have vLLM's registry answer our classes for its CPU and FlashAttention backends, and for CUSTOM.
+
+    Args:
+        attention: vLLM's package with the modules ``backends.registry`` and ``selector``.
+        classes: our modules of backend classes, up to ``_cpu`` and ``_flash_attn``.
+
+    Raises:
+        RuntimeError: someone else has replaced one of them.
+    """
+    registry = importlib.import_module(f"{attention}.backends.registry")
+    selector = importlib.import_module(f"{attention}.selector")
+    flash_attn = f"{classes}_flash_attn.FlashPrefillFlashAttnBackend"
+    class_paths = {"CPU_ATTN": f"{classes}_cpu.FlashPrefillCPUBackend", "FLASH_ATTN": flash_attn, "CUSTOM": flash_attn}
+    members = registry.AttentionBackendEnum
+    for name in class_paths:
+        if members[name].is_overridden():
+            raise RuntimeError(
+                f"vLLM's {name} backend is already replaced by {members[name].get_path()}; load only one"
+            )
+    for name, class_path in class_paths.items():
+        undo.on_revert(members[name].clear_override)
+        registry.register_backend(members[name], class_path=class_path)
+    selector._cached_get_attn_backend.cache_clear()
+    undo.on_revert(selector._cached_get_attn_backend.cache_clear)

@@ -1,0 +1,25 @@
+"""FlashPrefill in vLLM 0.12.0's FlashAttention backend."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheBuilderMixin, FlashAttnCacheImplMixin
+from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
+
+
+class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAttentionMetadataBuilder):
+    pass
+
+
+class FlashPrefillFlashAttnImpl(FlashAttnCacheImplMixin, FlashAttentionImpl):
+    dense_forward_writes_kv = False
+
+
+class FlashPrefillFlashAttnBackend(FlashPrefillBackendMixin, FlashAttentionBackend):
+    flashprefill_impl = FlashPrefillFlashAttnImpl
+    flashprefill_builder = FlashPrefillFlashAttnMetadataBuilder

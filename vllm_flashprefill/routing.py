@@ -1,0 +1,68 @@
+"""Who is sparse: the rule for a request, and the reasons of all that is not."""
+
+from __future__ import annotations
+
+import enum
+
+from vllm_flashprefill.config import FlashPrefillConfig
+
+
+class DenseReason(str, enum.Enum):
+    """Why tokens went through vLLM's own attention, or transformers'."""
+
+    # of a request
+    DECODE = "decode"
+    SHORT_PROMPT = "short_prompt"
+    NOTHING_TO_PRUNE = "nothing_to_prune"
+    # of a step
+    NOT_PLANNED = "not_planned"
+    # of a layer
+    DENSE_LAYER = "dense_layer"
+    ENCODER = "encoder_attention"
+    CROSS_ATTENTION = "cross_attention"
+    SLIDING_WINDOW = "sliding_window"
+    SOFTCAP = "logits_soft_cap"
+    ALIBI = "alibi"
+    SINKS = "attention_sinks"
+    KV_SHARING = "kv_sharing"
+    QUANTIZED_KV_CACHE = "quantized_kv_cache"
+    CONTEXT_PARALLEL = "context_parallel"
+    BATCH_INVARIANT = "batch_invariant"
+    HEAD_SIZE = "head_size"
+    DTYPE = "dtype"
+    KV_CACHE_LAYOUT = "kv_cache_layout"
+    CPU_ARCHITECTURE = "cpu_architecture"
+    # of a call by transformers
+    PADDING = "padding"
+    CUSTOM_MASK = "custom_mask"
+    TRAINING = "training"
+    DEVICE = "device"
+
+
+def request_dense_reason(
+    query_len: int, context_len: int, prompt_len: int, config: FlashPrefillConfig
+) -> DenseReason | None:
+    """Why this request is dense in this step, or None where it is sparse.
+
+    The rule looks at the whole prompt, so that its chunks are routed as one pass over it would be. A step in
+    which every block would be kept anyway (the first blocks, or the dense tail alone) is dense: the result is
+    the same and dense attention is faster.
+
+    Args:
+        query_len: tokens of the request in this step.
+        context_len: tokens of it in the KV cache before.
+        prompt_len: tokens of its whole prefill as far as known; less than the sequence so far where
+            speculative tokens follow the last known one.
+    """
+    if context_len > 0 and context_len + 1 >= prompt_len:
+        return DenseReason.DECODE
+    prompt_len = max(prompt_len, context_len + query_len)
+    if prompt_len < config.min_sparse_tokens:
+        return DenseReason.SHORT_PROMPT
+    last_query_block = (context_len + query_len - 1) // config.block_size
+    first_tail_block = -(-prompt_len // config.block_size) - config.num_dense_tail_blocks
+    if min(last_query_block, first_tail_block - 1) < config.num_sink_blocks + config.num_window_blocks:
+        return DenseReason.NOTHING_TO_PRUNE
+    if context_len // config.block_size >= first_tail_block:
+        return DenseReason.NOTHING_TO_PRUNE
+    return None
