@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
+# What transformers calls the tokens that GGUF gives a role.
+ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+
+
+def save_tokenizer(tokenizer: Any, reader: Any, folder: Path, roles: Iterable[str] = ROLES) -> None:
+    """Write a tokenizer, with the tokens of these roles and the chat template that the GGUF file has, if any."""
+    from transformers import PreTrainedTokenizerFast
+
+    field = fields_of(reader)
+    tokens, template = field("tokenizer.ggml.tokens"), "tokenizer.chat_template"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=field(f"{field('general.architecture')}.context_length"),
+        clean_up_tokenization_spaces=False,
+        chat_template=field(template) if template in reader.fields else None,
+        **{ROLES[role]: tokens[field(f"tokenizer.ggml.{role}_token_id")] for role in roles},
+    )
+    fast.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     # transformers 5 has another name for the class, which 4 does not know; both know this one.
     config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -90,9 +106,9 @@ def write_llama_tokenizer(gguf_file: Path, folder: Path) -> None:
     """Write the tokenizer from the GGUF metadata: byte-level BPE, digits one by one."""
     import gguf
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    field = fields_of(gguf.GGUFReader(gguf_file))
+    reader = gguf.GGUFReader(gguf_file)
+    field = fields_of(reader)
     tokens = field("tokenizer.ggml.tokens")
     kinds = field("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
@@ -108,17 +124,7 @@ def write_llama_tokenizer(gguf_file: Path, folder: Path) -> None:
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
 
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=tokens[field("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
-        pad_token=tokens[field("tokenizer.ggml.padding_token_id")],
-        unk_token=tokens[field("tokenizer.ggml.unknown_token_id")],
-        chat_template=field("tokenizer.chat_template"),
-        model_max_length=field("llama.context_length"),
-        clean_up_tokenization_spaces=False,
-    )
-    save_tokenizer(fast, folder)
+    save_tokenizer(tokenizer, reader, folder)
 
 
 def write_llama_weights(gguf_file: Path, folder: Path) -> None:
@@ -156,9 +162,9 @@ def write_gemma_tokenizer(gguf_file: Path, folder: Path) -> None:
     """Write the tokenizer from the GGUF metadata: BPE over whole texts, bytes for what is unknown, <bos> in front."""
     import gguf
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
 
-    field = fields_of(gguf.GGUFReader(gguf_file))
+    reader = gguf.GGUFReader(gguf_file)
+    field = fields_of(reader)
     tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     # llama.cpp stores no score for tokens that were added by hand, such as runs of spaces; they come before all others.
     scores = [
@@ -190,32 +196,27 @@ def write_gemma_tokenizer(gguf_file: Path, folder: Path) -> None:
         ]
         tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
 
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=tokens[bos],
-        eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
-        pad_token=tokens[field("tokenizer.ggml.padding_token_id")],
-        unk_token=tokens[field("tokenizer.ggml.unknown_token_id")],
-        model_max_length=field("gemma3.context_length"),
-        clean_up_tokenization_spaces=False,
-    )
-    save_tokenizer(fast, folder)
+    save_tokenizer(tokenizer, reader, folder)
 
 
-GEMMA_TENSORS = {
+TENSORS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
     "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+GEMMA_TENSORS = {
+    **TENSORS,
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 
 
@@ -246,6 +247,27 @@ def save_weights(reader: Any, folder: Path, name_of: Callable[[str], str | None]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def shared_config(field: Callable[[str], Any]) -> dict[str, Any]:
+    """What the configs of Gemma 3 and of Qwen2 have in common."""
+    kind = field("general.architecture")
+    return {
+        "attention_dropout": 0.0,
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+        "hidden_size": field(f"{kind}.embedding_length"),
+        "intermediate_size": field(f"{kind}.feed_forward_length"),
+        "max_position_embeddings": field(f"{kind}.context_length"),
+        "num_attention_heads": field(f"{kind}.attention.head_count"),
+        "num_hidden_layers": field(f"{kind}.block_count"),
+        "num_key_value_heads": field(f"{kind}.attention.head_count_kv"),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": field(f"{kind}.rope.freq_base"),
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
+    }
+
+
 def gemma_name(name: str) -> str:
     whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     return tensor_name(name, whole, GEMMA_TENSORS)
@@ -258,33 +280,21 @@ def write_gemma_weights(gguf_file: Path, folder: Path) -> None:
     # The model adds 1 to its norms' weights; in GGUF it has been added.
     save_weights(reader, folder, gemma_name, norm_offset=1)
     field = fields_of(reader)
-    layers, head_size = field("gemma3.block_count"), field("gemma3.attention.key_length")
-    config = {
+    head_size = field("gemma3.attention.key_length")
+    config = shared_config(field) | {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
         "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
         "pad_token_id": field("tokenizer.ggml.padding_token_id"),
         "head_dim": head_size,
         "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": field("gemma3.embedding_length"),
-        "intermediate_size": field("gemma3.feed_forward_length"),
         # GGUF has neither these, the same for all of Gemma 3, nor the scale of this size's queries.
-        "layer_types": ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(layers)],
+        "layer_types": [
+            "full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(field("gemma3.block_count"))
+        ],
         "rope_local_base_freq": 10000.0,
         "query_pre_attn_scalar": head_size,
-        "max_position_embeddings": field("gemma3.context_length"),
-        "num_attention_heads": field("gemma3.attention.head_count"),
-        "num_hidden_layers": layers,
-        "num_key_value_heads": field("gemma3.attention.head_count_kv"),
-        "rms_norm_eps": 1e-6,
-        "rope_theta": field("gemma3.rope.freq_base"),
         "sliding_window": field("gemma3.attention.sliding_window"),
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "vocab_size": len(field("tokenizer.ggml.tokens")),
     }
     write_json(folder / "config.json", config)
 
@@ -300,9 +310,9 @@ def write_qwen_tokenizer(gguf_file: Path, folder: Path) -> None:
     """Write the tokenizer from the GGUF metadata: byte-level BPE on the pieces that a pattern finds."""
     import gguf
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    field = fields_of(gguf.GGUFReader(gguf_file))
+    reader = gguf.GGUFReader(gguf_file)
+    field = fields_of(reader)
     tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     # The unused ones at the end only fill the embedding up.
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED_TOKEN}
@@ -326,28 +336,7 @@ def write_qwen_tokenizer(gguf_file: Path, folder: Path) -> None:
     )
 
     # It puts no token in front of a text, so it is given no bos_token, as by the model's authors.
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
-        pad_token=tokens[field("tokenizer.ggml.padding_token_id")],
-        chat_template=field("tokenizer.chat_template"),
-        model_max_length=field("qwen2.context_length"),
-        clean_up_tokenization_spaces=False,
-    )
-    save_tokenizer(fast, folder)
-
-
-QWEN_TENSORS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    save_tokenizer(tokenizer, reader, folder, ("eos", "padding"))
 
 
 def qwen_name(name: str) -> str | None:
@@ -355,7 +344,7 @@ def qwen_name(name: str) -> str | None:
     if name == "token_embd.weight":
         return None
     whole = {"output.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    return tensor_name(name, whole, QWEN_TENSORS)
+    return tensor_name(name, whole, TENSORS)
 
 
 def write_qwen_weights(gguf_file: Path, folder: Path) -> None:
@@ -364,28 +353,14 @@ def write_qwen_weights(gguf_file: Path, folder: Path) -> None:
     reader = gguf.GGUFReader(gguf_file)
     save_weights(reader, folder, qwen_name)
     field = fields_of(reader)
-    ends = [field("tokenizer.ggml.eos_token_id"), field("tokenizer.ggml.padding_token_id")]
-    config = {
+    config = shared_config(field) | {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "attention_dropout": 0.0,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": ends[0],
         "hidden_act": "silu",
-        "hidden_size": field("qwen2.embedding_length"),
-        "intermediate_size": field("qwen2.feed_forward_length"),
-        "max_position_embeddings": field("qwen2.context_length"),
-        "num_attention_heads": field("qwen2.attention.head_count"),
-        "num_hidden_layers": field("qwen2.block_count"),
-        "num_key_value_heads": field("qwen2.attention.head_count_kv"),
-        "rms_norm_eps": 1e-6,
-        "rope_theta": field("qwen2.rope.freq_base"),
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
         "use_sliding_window": False,
-        "vocab_size": len(field("tokenizer.ggml.tokens")),
     }
     # A chat turn ends with the one, a text without turns with the other.
+    ends = [config["eos_token_id"], field("tokenizer.ggml.padding_token_id")]
     generation_config = {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": ends[1]}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config)
