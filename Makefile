@@ -4,9 +4,10 @@ export PYTHON
 VENV := .venv
 VENV_0_10 := .venv-0.10.0
 VENV_0_24 := .venv-0.24.0
+VENV_DOCS := .venv-docs
 MODEL := models/SmolLM2-135M-Instruct
 # With the Triton of vLLM 0.10.0, 0.12.0 and 0.24.0.
-COMPILE := scripts/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
+COMPILE := tools/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
 
 # 2 GB of KV cache is enough for the model used here; nothing is to be fetched or reported.
 export VLLM_CPU_KVCACHE_SPACE ?= 2
@@ -38,8 +39,16 @@ lint: env ## check style and format
 	$(VENV)/bin/ruff format --check . || status=1; \
 	exit $$status
 
+docs: $(VENV_DOCS)/.stamp ## write the tables and plots of README.md and docs/ from the rows in results/
+	@$(VENV_DOCS)/bin/python -m tools.docs
+
+$(VENV_DOCS)/.stamp:
+	@$(PYTHON) -m venv $(VENV_DOCS)
+	@$(VENV_DOCS)/bin/python -m pip install --quiet --disable-pip-version-check matplotlib
+	@touch $@
+
 clean: ## remove the environments, the model and what builds and tests left
-	rm -rf $(VENV) $(VENV_0_10) $(VENV_0_24) .triton models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_0_10) $(VENV_0_24) $(VENV_DOCS) .triton models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 env:
@@ -56,5 +65,5 @@ model: $(MODEL)/config.json
 $(MODEL)/config.json: | env
 	@$(VENV)/bin/python scripts/fetch_model.py
 
-.PHONY: help demo test compile lint clean env env-0.10 env-0.24 model
+.PHONY: help demo test compile lint docs clean env env-0.10 env-0.24 model
 .DEFAULT_GOAL := help

@@ -61,14 +61,14 @@ until curl --silent --fail --max-time 5 --output /dev/null "$url/health"; do
 done
 echo "ready after $SECONDS s"
 
-PYTHONPATH=$root/scripts${PYTHONPATH:+:$PYTHONPATH} "$python" - "$url" "$model" "${TOKENS:-6000}" <<'END'
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" - "$url" "$model" "${TOKENS:-6000}" <<'END'
 import json
 import sys
 import time
 import urllib.error
 import urllib.request
 
-from generate import FACTS, documentation
+from scripts.generate import FACTS, documentation
 
 url, model, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
 name, code = FACTS[0]

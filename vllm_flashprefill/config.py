@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "qwen3_vl_moe": {"alpha": 0.22},
 }
 # A relative with another head size has a preset of its own or gets the default. The one for heads of 64 is
-# measured on SmolLM2-135M with scripts/evaluate.py; see docs/accuracy.md.
+# measured on SmolLM2-135M with `python -m evaluation`; see docs/accuracy.md.
 PRESETS_BY_HEAD_SIZE: dict[int, dict[str, dict[str, float]]] = {
     64: {"llama": {"alpha": 0.005}},
     128: PRESETS,

@@ -1,21 +1,17 @@
-"""scripts/calibrate.py: the search, and a run on a small model of random weights with a text of its own."""
+"""Calibration: the search, and a run on a small model of random weights with a text of its own."""
 
 import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-import calibrate
-from real_model import Attention, dense_attention
-
-from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill import FlashPrefillConfig, calibrate
+from vllm_flashprefill.real_model import Attention, dense_attention
 
 
 def curve(value):

@@ -41,9 +41,9 @@ def main():
     job = json.load(sys.stdin)
     load()
 
-    from evaluation.engine import configure
     from vllm import LLM
 
+    from evaluation.engine import configure
     from vllm_flashprefill import stats
 
     llm = LLM(**job["engine"])

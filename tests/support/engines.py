@@ -96,8 +96,7 @@ def run_engine(batches, *, env, passes=({},), **changes):
     """
     engine = engine_arguments(**{"max_model_len": 4096, **changes})
     job = {"engine": engine, "batches": batches, "passes": list(passes)}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    return run_job("engine_job", job, environment(PYTHONPATH=path, **env))
+    return run_job("engine_job", job, environment(PYTHONPATH=str(ROOT), **env))
 
 
 def assert_same(answers, expected, logprob_tolerance=2e-3):

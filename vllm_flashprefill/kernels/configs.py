@@ -1,4 +1,4 @@
-"""Tile sizes by GPU generation and head size, measured with scripts/tune_kernels.py; nothing is tuned at run time."""
+"""Tile sizes by GPU generation and head size, by benchmarks/tune_kernels.py; nothing is tuned at run time."""
 
 from __future__ import annotations
 

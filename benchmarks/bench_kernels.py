@@ -1,0 +1,309 @@
+"""Time the kernels beside dense attention at published densities; append a row a case to a CSV.
+
+    python -m benchmarks.bench_kernels                  the table: 4K to 256K tokens, 32/8 heads of 128
+    python -m benchmarks.bench_kernels --cases shapes   other heads and head sizes, ragged batches, chunks, pages
+
+Each row is checked first, on the inputs it is timed on: query blocks of every kind against float64 over the blocks
+the kernel kept, and the kept blocks against the reference's scores. A row whose check fails has no speedup.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+from pathlib import Path
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+from benchmarks.kernel_data import DENSITY, structured_qkv
+from tools.rows import RESULTS, append_row, commit_name
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.kernels.block_mean import block_mean
+from vllm_flashprefill.kernels.block_select import block_select, score_scratch
+from vllm_flashprefill.kernels.configs import num_multiprocessors
+from vllm_flashprefill.kernels.pipeline import list_scratch, run_stages
+from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
+from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+
+TIE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of one row.
+
+    Attributes:
+        lengths: tokens of each packed prompt.
+        query_len: only this many last tokens of the one prompt are queries, the rest being their prefix; 0: all.
+        density: share of causal blocks to prune to.
+        page_size: keys and values in shuffled pages of this many tokens; 0: plain.
+        dense: time dense attention too.
+    """
+
+    lengths: tuple[int, ...]
+    density: float
+    query_len: int = 0
+    heads: int = 32
+    kv_heads: int = 8
+    head_size: int = 128
+    page_size: int = 0
+    dense: bool = True
+
+
+TABLE = [Case((tokens,), density) for tokens, density in DENSITY.items()]
+RAGGED = (1000, 30_000, 4097, 8192, 20_000, 513, 12_345, 16_384)
+SHAPES = [
+    Case((32768,), DENSITY[32768], heads=28, kv_heads=4),
+    Case((32768,), DENSITY[32768], heads=32, kv_heads=4),
+    Case((32768,), DENSITY[32768], head_size=64),
+    Case((32768,), DENSITY[32768], head_size=256),
+    Case(RAGGED, DENSITY[32768]),
+    Case((131072,), DENSITY[131072], query_len=8192, dense=False),
+    Case((131072,), DENSITY[131072], query_len=8192, page_size=128, dense=False),
+    Case((131072,), DENSITY[131072], page_size=128, dense=False),
+    Case((131072,), DENSITY[131072], page_size=16, dense=False),
+]
+
+
+class Stages:
+    """The stages on fixed inputs, each callable alone."""
+
+    def __init__(self, q, k, v, page_size: int = 0, query_len: int = 0, lengths: tuple[int, ...] = ()):
+        total = k.shape[1]
+        self.plain = (k, v)
+        self.q, self.k, self.v, self.table = q, k, v, None
+        if query_len:
+            self.q = q[:, -query_len:]
+        if page_size:
+            pages = -(-total // page_size)
+            order = torch.randperm(pages, device="cuda", dtype=torch.int32)
+            self.table = order[None].contiguous()
+            cache = torch.empty(2, pages, page_size, *k.shape[2:], device="cuda", dtype=k.dtype)
+            for n, x in enumerate((k, v)):
+                cache[n][order.long()] = x[0].view(pages, page_size, *k.shape[2:])
+            self.k, self.v = cache[0], cache[1]
+        tokens = self.q.shape[1]
+        starts = itertools.accumulate(lengths, initial=0)
+        self.sequences = tuple(
+            Sequence(length, 0, length, query_start=start, kv_start=start)
+            for length, start in zip(lengths, starts, strict=False)
+        ) or (Sequence(tokens, total - tokens, total),)
+        self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
+        self.config = FlashPrefillConfig()
+        self.schedule = self.make_schedule()
+        self.mean = block_mean(self.k, self.schedule, self.table)
+        self.lists, self.counts = list_scratch(self.q, self.schedule)
+        self.scores = score_scratch(self.q, self.schedule)
+        self.out = torch.empty_like(self.q)
+
+    def make_schedule(self):
+        return cached_schedule(
+            self.sequences,
+            num_heads=self.heads,
+            num_dense_tail_blocks=self.config.num_dense_tail_blocks,
+            device=self.q.device,
+        )
+
+    def pool(self):
+        block_mean(self.k, self.schedule, self.table, out=self.mean)
+
+    def select(self, launch=None, slab=None):
+        scores = self.scores
+        if launch:
+            rows = launch.programs_per_sm * num_multiprocessors(self.q.device)
+            scores = torch.empty(rows, self.schedule.max_key_blocks, device="cuda")
+        block_select(
+            self.q, self.mean, self.schedule, slab or self.schedule.slabs[0], config=self.config,
+            softmax_scale=self.scale, lists=self.lists, counts=self.counts, scores=scores, launch=launch,
+        )  # fmt: skip
+
+    def attend(self, launch=None, slab=None):
+        sparse_attention(
+            self.q, self.k, self.v, self.schedule, slab or self.schedule.slabs[0], lists=self.lists,
+            counts=self.counts, softmax_scale=self.scale, out=self.out, block_table=self.table, launch=launch,
+        )  # fmt: skip
+
+    def all(self):
+        """What a caller of the API pays."""
+        run_stages(
+            self.q, self.k, self.v, self.make_schedule(), config=self.config, softmax_scale=self.scale, out=self.out,
+            block_table=self.table,
+        )  # fmt: skip
+
+    def kept_blocks(self) -> int:
+        kept = 0
+        for slab in self.schedule.slabs:
+            self.select(slab=slab)
+            kept += int(self.counts[: slab.num_items * self.heads].sum())
+        return kept
+
+    def density(self) -> float:
+        visible = int((self.schedule.items[:, 1] + 1).sum()) * self.heads
+        return self.kept_blocks() / visible
+
+    def check(self) -> tuple[float, int, int]:
+        """(largest error over plain PyTorch's, selections at the threshold, selections looked at); raises if wrong."""
+        self.out.fill_(torch.nan)
+        self.all()
+        assert not self.out.isnan().any()
+        group = self.heads // self.plain[0].shape[2]
+        ratio, ties, seen = 0.0, 0, 0
+        generator = torch.Generator().manual_seed(1)
+        for slab in self.schedule.slabs:
+            self.select(slab=slab)
+            counts = self.counts[: slab.num_items * self.heads].view(-1, self.heads).cpu()
+            for n in [0, *torch.randint(slab.num_items, (6,), generator=generator).tolist()]:
+                row, block, slot = self.schedule.items[slab.first_item + n].tolist()
+                sequence = self.sequences[row]
+                seq_len, context_len = sequence.context_len + sequence.query_len, sequence.context_len
+                k, v = (x[0, sequence.kv_start :][:seq_len] for x in self.plain)
+                first = max(block * 128, context_len)
+                last = min(block * 128 + 128, seq_len)
+                at = sequence.query_start - context_len
+                rows = slice(at + first, at + last)
+                for h in torch.randint(self.heads, (3,), generator=generator).tolist():
+                    start = slot * self.heads + h * (block + 1)
+                    kept = self.lists[start : start + counts[n, h]].long()
+                    tokens = (kept[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
+                    tokens = tokens[tokens < seq_len]
+                    q = self.q[0, rows, h]
+                    causal = tokens[None] <= torch.arange(first, last, device="cuda")[:, None]
+                    results = []
+                    for dtype in (torch.float64, q.dtype):
+                        logits = q.double() @ k[tokens, h // group].double().T
+                        p = (logits * self.scale).masked_fill(~causal, -torch.inf).softmax(-1).to(dtype)
+                        results.append(p @ v[tokens, h // group].to(dtype))
+                    error = (self.out[0, rows, h].double() - results[0]).norm()
+                    ratio = max(ratio, (error / (results[1].double() - results[0]).norm()).item())
+                    # The kept blocks, against the reference's score of all but the query's own block.
+                    tail = -(-seq_len // 128) - self.config.num_dense_tail_blocks
+                    if block < 1 or block >= tail or last - first < 128:
+                        continue
+                    mean = k[: (block + 1) * 128, h // group].float().unflatten(0, (-1, 128)).mean(1)
+                    s = self.scale * q.float() @ mean[:block].T
+                    own = self.scale * q[-1].float() @ mean[block]
+                    largest = torch.maximum(s.max(), own)
+                    score = torch.exp(s - largest).sum(0)
+                    most = torch.maximum(score.max(), torch.exp(own - largest))
+                    j = torch.arange(block, device="cuda")
+                    always = (j < self.config.num_sink_blocks) | (block - j < self.config.num_window_blocks)
+                    expected = (score >= self.config.alpha * most) | always
+                    got = torch.zeros(block + 1, dtype=torch.bool, device="cuda")
+                    got[kept] = True
+                    differs = expected != got[:block]
+                    near = (score - self.config.alpha * most).abs() <= TIE * self.config.alpha * most
+                    assert not (differs & ~near).any(), "a selection differs that is not at the threshold"
+                    ties, seen = ties + int(differs.sum()), seen + block
+        assert ratio <= 2.0, f"error {ratio:.2f} times plain PyTorch's"
+        return ratio, ties, seen
+
+
+def alpha_for_density(stages: Stages, density: float) -> None:
+    """Set the largest alpha found whose density is at least `density`."""
+    low, high = 0.0, 1.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        stages.config = FlashPrefillConfig(alpha=middle)
+        low, high = (middle, high) if stages.density() >= density else (low, middle)
+    stages.config = FlashPrefillConfig(alpha=low)
+
+
+def median_ms(call, rep: int = 200) -> float:
+    call()
+    torch.cuda.synchronize()
+    return do_bench(call, warmup=rep // 5, rep=rep, return_mode="median")
+
+
+def dense_ms(stages: Stages, backend: SDPBackend, rep: int) -> float | None:
+    """PyTorch's dense attention of the same prompts, one after another; None where the backend refuses."""
+    prompts = [
+        [x[:, sequence.kv_start :][:, : sequence.query_len].transpose(1, 2) for x in (stages.q, *stages.plain)]
+        for sequence in stages.sequences
+    ]
+
+    def call():
+        with sdpa_kernel(backend):
+            for q, k, v in prompts:
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    try:
+        return median_ms(call, rep)
+    except RuntimeError as error:
+        print(f"{backend}: {error}")
+        return None
+
+
+def measure(case: Case, commit: str) -> dict:
+    """Check one case, time it, and return its row."""
+    total = sum(case.lengths)
+    q, k, v = structured_qkv(total, heads=case.heads, kv_heads=case.kv_heads, dim=case.head_size)
+    lengths = case.lengths if len(case.lengths) > 1 else ()
+    stages = Stages(q, k, v, page_size=case.page_size, query_len=case.query_len, lengths=lengths)
+    alpha_for_density(stages, case.density)
+    density = stages.density()
+    error, ties, seen = stages.check()
+    sparse = median_ms(stages.all)
+    pool = median_ms(stages.pool, 50)
+    select = attend = 0.0
+    for slab in stages.schedule.slabs:
+        select += median_ms(functools.partial(stages.select, slab=slab), 50)
+        attend += median_ms(functools.partial(stages.attend, slab=slab), 100)
+    rep = 1 if total > 200_000 else 200
+    fa2 = dense_ms(stages, SDPBackend.FLASH_ATTENTION, rep) if case.dense else None
+    cudnn = dense_ms(stages, SDPBackend.CUDNN_ATTENTION, rep) if case.dense else None
+    return dict(
+        date=datetime.date.today().isoformat(),
+        gpu=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        commit=commit,
+        tokens=total,
+        prompts=len(case.lengths),
+        queries=case.query_len or total,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_size=case.head_size,
+        dtype="bf16",
+        page_size=case.page_size,
+        alpha=round(stages.config.alpha, 5),
+        density=round(density, 5),
+        check="passed",
+        error_over_plain=round(error, 3),
+        ties=f"{ties}/{seen}",
+        sparse_ms=round(sparse, 4),
+        pool_ms=round(pool, 4),
+        select_ms=round(select, 4),
+        attend_ms=round(attend, 4),
+        attend_tflops=round(stages.kept_blocks() * 4 * 128 * 128 * case.head_size / attend / 1e9, 1),
+        fa2_ms=fa2 and round(fa2, 4),
+        cudnn_ms=cudnn and round(cudnn, 4),
+        times_fa2=fa2 and round(fa2 / sparse, 2),
+        times_cudnn=cudnn and round(cudnn / sparse, 2),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=["table", "shapes"], default=["table"])
+    parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these total tokens")
+    parser.add_argument("--commit", help="commit to name in the rows (default: $COMMIT, else git's)")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "kernels.csv")
+    args = parser.parse_args()
+    commit = commit_name(args.commit)
+    for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:
+        if args.tokens and sum(case.lengths) not in args.tokens:
+            continue
+        row = measure(case, commit)
+        append_row(args.csv, row)
+        print({key: row[key] for key in list(row)[5:]}, flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

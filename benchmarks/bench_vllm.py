@@ -1,0 +1,433 @@
+"""Time vLLM on one or several GPUs with FlashPrefill and with its default backend, in one run; append rows to a CSV.
+
+Each backend gets an engine of its own, in a process of its own, one after the other. The model has random weights of
+ordinary scale, which have nothing to prune, so the published density is imposed: once stage 3 has run, its lists are
+replaced by equally many blocks, evenly spread (`FixedDensity`). That happens in this script alone; the package has
+no such switch. Times are of prompts with so much to prune, the texts mean nothing. First the engines must agree at
+alpha 0, or no speedup is given.
+
+    python -m benchmarks.bench_vllm                                   TTFT, decoding and throughput, about 8 minutes
+    python -m benchmarks.bench_vllm --layers 4 --tokens 8192 32768    a short run
+    python -m benchmarks.bench_vllm --tensor-parallel 2 --no-decode --no-mixed
+
+TTFT is the time of a request for one token, in process, without prefix caching; its bound is the time with attention
+left out altogether.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B
+from evaluation.engine import configure
+from tools.rows import RESULTS, append_row, commit_name
+
+SHAPES = {"llama-8b": LLAMA_8B, "llama-70b": LLAMA_70B}
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    bos_token_id=0,
+    eos_token_id=1,
+    torch_dtype="bfloat16",
+)
+TOKENS = [1, 16, 128, 512, 1024, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 122880]
+# Beyond these, in tokens: bounds, and prompts in chunks.
+LONG = 32768
+CHECK_TOKENS, CHECK_CHUNK = (700, 5000, 20_000), 1024
+# (requests at once, tokens of each prompt)
+DECODE = [(1, 1024), (16, 1024), (64, 512)]
+DECODE_TOKENS = 128
+MIXED_PROMPTS = (2048, 30_000, 5000, 60_000, 12_000, 700, 20_000, 40_000)
+ALWAYS_SPARSE_UP_TO = 8192
+
+
+def write_tokenizer(folder: str, vocab_size: int) -> None:
+    """A word for each token; vLLM 0.10.0 does not do without a tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({f"w{token}": token for token in range(vocab_size)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(folder)
+
+
+class Engine:
+    """An in-process engine and what of it is changed between measurements."""
+
+    def __init__(self, model: Path, max_model_len: int, args: argparse.Namespace):
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(model),
+            load_format="dummy",
+            enforce_eager=args.eager,
+            tensor_parallel_size=args.tensor_parallel,
+            pipeline_parallel_size=args.pipeline_parallel,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_model_len,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.85,
+            disable_log_stats=True,
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        self.max_model_len = self.chunk = max_model_len
+        self.each(randomise)
+
+    def each(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What a function returns that every worker calls, itself its first argument."""
+        return self.llm.collective_rpc(function, args=args)
+
+    def configure(self, **options: Any) -> None:
+        """Change FlashPrefill's options of the running engine."""
+        self.each(configure, options)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None) -> list[Any]:
+        from vllm import SamplingParams
+
+        self.core.scheduler.max_num_scheduled_tokens = self.chunk
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs)
+        params.detokenize = False
+        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+    def first_logprobs(self) -> list[dict[str, float]]:
+        """The likeliest first tokens of each prompt of the check, as JSON keeps them."""
+        outputs = self.generate([self.prompt(tokens) for tokens in CHECK_TOKENS], 1, logprobs=20)
+        return [{str(t): lp.logprob for t, lp in output.outputs[0].logprobs[0].items()} for output in outputs]
+
+    def prompt(self, tokens: int, seed: int = 0) -> list[int]:
+        return np.random.default_rng(tokens + seed).integers(2, self.vocab_size, tokens).tolist()
+
+    def seconds(self, prompts: list[list[int]], max_tokens: int) -> float:
+        started = time.perf_counter()
+        self.generate(prompts, max_tokens)
+        return time.perf_counter() - started
+
+    def ttft_ms(self, tokens: int) -> float:
+        prompt = [self.prompt(tokens)]
+        self.seconds(prompt, 1)  # compiles what this length is the first to need
+        times = [self.seconds(prompt, 1) for _ in range(2)]
+        times += [self.seconds(prompt, 1) for _ in range(max(1, min(48, int(1.5 / min(times)))))]
+        return 1000 * statistics.median(times)
+
+    def decode_ms(self, requests: int, tokens: int) -> float:
+        """Milliseconds a step of `requests` decodes takes, on a context of `tokens` tokens."""
+        prompts = [self.prompt(tokens, seed) for seed in range(requests)]
+        self.seconds(prompts, 8)
+        times = []
+        for _ in range(5):
+            short = self.seconds(prompts, 2)
+            times.append((self.seconds(prompts, 2 + DECODE_TOKENS) - short) / DECODE_TOKENS)
+        return 1000 * statistics.median(times)
+
+
+def randomise(worker: Any) -> None:
+    """vLLM's dummy weights are so small that attention makes no difference."""
+    import torch
+
+    weights = dict(worker.model_runner.model.named_parameters())
+    generator = torch.Generator(next(iter(weights.values())).device).manual_seed(worker.rank)
+    for name, weight in weights.items():
+        if "norm" in name:
+            weight.data.fill_(1.0)
+        else:
+            # With much larger ones two right implementations of attention would disagree: errors grow with depth.
+            weight.data.normal_(0.0, 0.02, generator=generator)
+    # What this and the profiling run left in PyTorch's allocator is in pieces too small for the longest prompts.
+    torch.cuda.empty_cache()
+
+
+def impls(worker: Any) -> list[Any]:
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    return [layer.impl for layer in layers if hasattr(layer, "impl")]
+
+
+def min_sparse_tokens(worker: Any) -> int:
+    return impls(worker)[0].flashprefill_config.min_sparse_tokens
+
+
+def fix_density(worker: Any) -> None:
+    from vllm_flashprefill.kernels import pipeline
+
+    pipeline.block_select = FixedDensity()
+
+
+def leave_attention_out(worker: Any) -> None:
+    def forward(impl, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named):
+        return output
+
+    type(impls(worker)[0]).forward = forward
+
+
+class FixedDensity:
+    """In place of `block_select`: stage 3, then as many blocks for each query block as give the published density.
+
+    Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all.
+    """
+
+    def __init__(self) -> None:
+        from kernel_data import DENSITY
+
+        from vllm_flashprefill.kernels import block_select
+
+        self.select = block_select.block_select
+        self.points = sorted(DENSITY.items())
+        self.schedule = self.lengths = None
+        self.made: dict[tuple, Any] = {}
+
+    def density(self, prompt_blocks: Any) -> Any:
+        """Published densities; between their lengths interpolated as powers of the length, as which they fall."""
+        lengths, densities = zip(*self.points, strict=True)
+        return np.exp2(np.interp(np.log2(prompt_blocks * 128), np.log2(lengths), np.log2(densities)))
+
+    def blocks_kept(self, prompt_blocks: int, tail: int, least: int) -> int:
+        """The smallest number of blocks for each query block before the tail that gives at least the density."""
+        visible = np.arange(1, prompt_blocks + 1)
+        wanted = self.density(prompt_blocks) * visible.sum() - visible[prompt_blocks - tail :].sum()
+        for kept in range(least, prompt_blocks + 1):
+            if np.minimum(visible[: prompt_blocks - tail], kept).sum() >= wanted:
+                return kept
+        return prompt_blocks
+
+    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, block_counts, **options: Any) -> None:
+        if config.alpha == 0.0:
+            options["block_counts"] = block_counts
+        self.select(q, mean, schedule, slab, config=config, lists=lists, counts=counts, **options)
+        if config.alpha == 0.0:
+            return
+        # The lengths are read from the GPU in a step's first layer, the lists of a length made once.
+        if schedule is not self.schedule:
+            self.schedule, self.lengths = schedule, schedule.requests.cpu().numpy()
+        key = (self.lengths.tobytes(), slab)
+        if key not in self.made:
+            self.made[key] = self._lists(q.shape[2], schedule, slab, config)
+        fixed_lists, fixed_counts, fixed_block_counts = self.made[key]
+        block_counts.add_(fixed_block_counts)
+        lists[: len(fixed_lists)].copy_(fixed_lists)
+        counts[: len(fixed_counts)].copy_(fixed_counts)
+
+    def _lists(self, heads: int, schedule, slab, config):
+        import torch
+
+        requests = self.lengths
+        items = schedule.items[slab.first_item : slab.first_item + slab.num_items].cpu().numpy()
+        least = config.num_sink_blocks + config.num_window_blocks
+        tail = config.num_dense_tail_blocks
+        kept = [self.blocks_kept(int(row[7]) + tail, tail, least) for row in requests]
+        lists = np.zeros((slab.list_slots * heads,), dtype=np.int32)
+        counts = np.empty((len(items), heads), dtype=np.int32)
+        for n, (request, block, slot) in enumerate(items):
+            visible = block + 1
+            count = visible if block >= requests[request][7] else min(kept[request], visible)
+            counts[n] = count
+            row = np.arange(count)
+            if count < visible:
+                middle = row[config.num_sink_blocks : count - config.num_window_blocks] - config.num_sink_blocks
+                spread = middle * (visible - least) // max(len(middle), 1) + config.num_sink_blocks
+                row = np.concatenate(
+                    [row[: config.num_sink_blocks], spread, np.arange(visible - config.num_window_blocks, visible)]
+                )
+            lists[slot * heads : (slot + visible) * heads].reshape(heads, visible)[:, :count] = row
+        device = schedule.requests.device
+        block_counts = torch.tensor([int(counts.sum()), slab.list_slots * heads], device=device)
+        return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device), block_counts
+
+
+def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> None:
+    """Write one backend's results by case as JSON, after each of them; times in milliseconds."""
+    sparse = backend == "flashprefill"
+    if sparse:
+        import vllm_flashprefill
+
+        vllm_flashprefill.register()
+    started = time.perf_counter()
+    # The check's prompts fit too: in shorter ones, chunks make no difference to compare with.
+    engine = Engine(model, max(*args.tokens, *CHECK_TOKENS) + 1024, args)
+    results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
+    if sparse:
+        results["min_sparse_tokens"] = engine.each(min_sparse_tokens)[0]
+        engine.configure(alpha=0.0, min_sparse_tokens=0)
+        before = vllm_flashprefill.stats()
+    results["check"] = engine.first_logprobs()
+    if not sparse:
+        # What other chunks change in vLLM's own result is the noise.
+        engine.chunk = CHECK_CHUNK
+        results["noise"] = engine.first_logprobs()
+        engine.chunk = engine.max_model_len
+    if sparse:
+        time.sleep(0.1)
+        if (vllm_flashprefill.stats() - before).visible_blocks == 0:
+            sys.exit("error: no layer of the check was sparse")
+        engine.configure(alpha=0.1, min_sparse_tokens=results["min_sparse_tokens"])
+        engine.each(fix_density)
+
+    def timed(case: str, run) -> None:
+        before = vllm_flashprefill.stats() if sparse else None
+        results[case] = {"ms": run()}
+        if sparse:
+            time.sleep(0.1)
+            results[case]["density"] = (vllm_flashprefill.stats() - before).density
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(results))
+        part.replace(out)
+        print(f"  {backend} {case}: {results[case]['ms']:.3f} ms", flush=True)
+
+    for tokens in args.tokens:
+        timed(f"ttft {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
+    if sparse:
+        engine.configure(min_sparse_tokens=0)
+        for tokens in args.tokens:
+            if 1024 <= tokens <= ALWAYS_SPARSE_UP_TO:
+                timed(f"always {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
+        engine.configure(min_sparse_tokens=results["min_sparse_tokens"])
+    for chunk in args.chunk:
+        engine.chunk = chunk
+        for tokens in args.tokens:
+            if tokens >= LONG:
+                timed(f"ttft {tokens} {chunk}", lambda tokens=tokens: engine.ttft_ms(tokens))
+    engine.chunk = min(8192, engine.chunk)
+    for requests, tokens in args.decode:
+        timed(f"decode {requests} {tokens}", lambda r=requests, t=tokens: engine.decode_ms(r, t))
+    if args.mixed:
+        prompts = [engine.prompt(tokens) for tokens in MIXED_PROMPTS if tokens <= max(args.tokens)]
+        results["mixed_tokens"] = sum(map(len, prompts))
+        timed("mixed", lambda: 1000 * min(engine.seconds(prompts, 32) for _ in range(2)))
+    engine.chunk = engine.max_model_len
+    if sparse:
+        engine.each(leave_attention_out)
+        for tokens in args.tokens:
+            if tokens >= LONG:
+                timed(f"bound {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
+
+
+def difference(found: list[dict[str, float]], expected: list[dict[str, float]]) -> tuple[float, float]:
+    """Of the expected likeliest tokens: the share that is among those found, and how far their log-probs differ."""
+    pairs = [(lp, a.get(token)) for a, b in zip(found, expected, strict=True) for token, lp in b.items()]
+    shared = [abs(lp - other) for lp, other in pairs if other is not None]
+    return len(shared) / len(pairs), statistics.mean(shared or [float("inf")])
+
+
+def agree(default: dict[str, Any], flash: dict[str, Any]) -> bool:
+    """Whether FlashPrefill at alpha 0 differs from the default backend by little more than that does from itself."""
+    share, error = difference(flash["check"], default["check"])
+    noise_share, noise = difference(default["noise"], default["check"])
+    print(
+        f"alpha 0: {share:.0%} of the likeliest tokens shared, log-probabilities differ by {error:.4f}; "
+        f"the default backend in chunks of {CHECK_CHUNK}: {noise_share:.0%}, {noise:.4f}",
+        flush=True,
+    )
+    return share >= noise_share - 0.15 and error <= 2 * noise + 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--chunk", type=int, nargs="*", default=[8192], help="tokens of a chunk, beside whole prompts")
+    parser.add_argument("--model", choices=SHAPES, default="llama-8b", help="whose shapes; the weights are random")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer's heads")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="GPUs, or groups of them, with layers each")
+    parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: a quicker start")
+    parser.add_argument("--no-decode", dest="decode", action="store_const", const=[], default=DECODE)
+    parser.add_argument("--no-mixed", dest="mixed", action="store_false")
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--csv", type=Path, default=RESULTS / "vllm.csv")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    if args.worker:
+        backend, model, out = args.worker.split(",")
+        measure(backend, Path(model), Path(out), args)
+        return
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = {**SHAPES[args.model], **CONFIG, "num_hidden_layers": args.layers}
+        Path(folder, "config.json").write_text(json.dumps(config))
+        write_tokenizer(folder, config["vocab_size"])
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        }
+        environment.pop("FLASHPREFILL", None)
+        try:
+            for backend in ("default", "flashprefill"):
+                out = found[backend] = Path(folder, f"{backend}.json")
+                worker = ["--worker", f"{backend},{folder},{out}"]
+                command = [sys.executable, "-m", "benchmarks.bench_vllm", *sys.argv[1:], *worker]
+                subprocess.run(command, env=environment, check=True)
+        finally:
+            # What is there when one fails or the run is interrupted is right too.
+            if len(found) == 2 and all(path.exists() for path in found.values()):
+                write_rows(*(json.loads(path.read_text()) for path in found.values()), args)
+
+
+def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Namespace) -> None:
+    import torch
+    from vllm import __version__
+
+    check = "passed" if agree(default, flash) else "failed"
+    for case, value in default.items():
+        kind, *numbers = case.split()
+        if kind not in ("ttft", "decode", "mixed") or case not in flash:
+            continue
+        first, second = (int(n) for n in numbers) if numbers else (default["mixed_tokens"], 8192)
+        ours = flash[case]
+        row = dict(
+            date=datetime.date.today().isoformat(),
+            gpu=torch.cuda.get_device_name(),
+            vllm=__version__,
+            torch=torch.__version__,
+            commit=commit_name(args.commit),
+            model=model_name(args),
+            case=kind,
+            requests=first if kind == "decode" else len(MIXED_PROMPTS) if kind == "mixed" else 1,
+            tokens=second if kind == "decode" else first,
+            chunk=0 if kind == "decode" else second,
+            min_sparse_tokens=flash["min_sparse_tokens"],
+            density=ours["density"] and round(ours["density"], 4),
+            check=check,
+            default_ms=round(value["ms"], 3),
+            flash_ms=round(ours["ms"], 3),
+            bound_ms=_rounded(flash.get(f"bound {first} 0") if kind == "ttft" else None),
+            always_sparse_ms=_rounded(flash.get(f"always {first} {second}") if kind == "ttft" else None),
+            speedup=round(value["ms"] / ours["ms"], 3) if check == "passed" else None,
+        )
+        append_row(args.csv, row)
+        print({key: row[key] for key in list(row)[6:]}, flush=True)
+    print(f"engine start: default {default['start_s']} s, FlashPrefill {flash['start_s']} s")
+    if check == "failed":
+        sys.exit("error: at alpha 0 FlashPrefill and the default backend disagree")
+
+
+def model_name(args: argparse.Namespace) -> str:
+    parts = [args.model, f"{args.layers} layers"]
+    parts += [f"tensor parallel {args.tensor_parallel}"] * (args.tensor_parallel > 1)
+    parts += [f"pipeline parallel {args.pipeline_parallel}"] * (args.pipeline_parallel > 1)
+    return ", ".join(parts + ["eager"] * args.eager)
+
+
+def _rounded(result: dict[str, float] | None) -> float | None:
+    return result and round(result["ms"], 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a model loses with FlashPrefill: `python -m evaluation`."""

@@ -1,0 +1,1 @@
+"""What users run: each file by itself, `python scripts/NAME.py`."""

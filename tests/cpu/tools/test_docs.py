@@ -1,0 +1,63 @@
+"""What the pages say of other files: tables and plots are those of the rows, and every path they name is there."""
+
+import re
+import subprocess
+
+import pytest
+
+from tools import docs, plot
+
+FOLDERS = (
+    "benchmarks|docs|evaluation|examples|patches|requirements|research|results|scripts|tests|tools|vllm_flashprefill"
+)
+
+
+@pytest.mark.parametrize("page", docs.pages(), ids=lambda page: page.name)
+def test_tables_are_those_of_their_rows(page):
+    text = page.read_text(encoding="utf-8")
+    assert text == docs.with_tables(text), "run `make docs`"
+    assert text.count("<!-- rows: ") == len(docs.PLACE.findall(text)) == text.count("<!-- end -->")
+
+
+def test_every_table_has_a_place():
+    text = "".join(page.read_text(encoding="utf-8") for page in docs.pages())
+    assert sorted(name for name, _, _ in docs.PLACE.findall(text)) == sorted(docs.TABLES)
+
+
+@pytest.mark.parametrize("name", plot.PLOTS)
+def test_plots_are_those_of_their_rows(name):
+    assert plot.is_current(name, docs.ROOT / name), "run `make docs`"
+
+
+def test_a_changed_row_shows(monkeypatch):
+    name, page = "docs/kernels.png", docs.ROOT / "docs" / "performance.md"
+    rows = [{**row, "times_fa2": "9.87"} for row in docs.kernels()]
+    monkeypatch.setattr(docs, "kernels", lambda: rows)
+    monkeypatch.setitem(plot.PLOTS, name, (plot.draw_kernels, lambda: rows))
+    assert "| 9.87 |" in docs.with_tables(page.read_text(encoding="utf-8"))
+    assert not plot.is_current(name, docs.ROOT / name)
+
+
+THREE_DIGITS = {"0.01346": "0.0135", "0.4196": "0.420", "2.5": "2.50", "13.27": "13.3", "1823.07": "1823"}
+
+
+@pytest.mark.parametrize("value", THREE_DIGITS)
+def test_three_digits(value):
+    assert docs.three_digits(value) == THREE_DIGITS[value]
+
+
+def test_every_path_that_is_named_is_there():
+    """In pages, comments and docstrings; a path of another commit says so."""
+    listed = subprocess.run(["git", "ls-files"], cwd=docs.ROOT, capture_output=True, text=True, check=True).stdout
+    missing = []
+    for name in listed.split():
+        if not name.endswith((".md", ".py", ".sh", ".toml", "Makefile")) or name.startswith(("CHANGELOG", "tests/")):
+            continue
+        text = (docs.ROOT / name).read_text(encoding="utf-8")
+        paths = re.findall(rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]*\w)(?!\.?\w|-\$|`? of commit)", text)
+        modules = re.findall(rf"python -m ((?:{FOLDERS})\b[\w.]*)\b", text)
+        for module in modules:
+            path = module.replace(".", "/")
+            paths.append(f"{path}/__main__.py" if (docs.ROOT / path).is_dir() else f"{path}.py")
+        missing += [f"{name}: {path}" for path in paths if not (docs.ROOT / path).exists() and "NAME" not in path]
+    assert not missing

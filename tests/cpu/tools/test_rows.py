@@ -1,0 +1,48 @@
+import csv
+
+import pytest
+
+from tools.rows import length_name, ttft_rows
+
+COLUMNS = ("gpu", "vllm", "model", "case", "tokens", "chunk", "check", "flash_ms")
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(*rows):
+        path = tmp_path / "vllm.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+        return path
+
+    return write
+
+
+def test_newest_passed_row_of_each_length_and_chunk(table):
+    path = table(
+        ("H100", "0.24.0", "8b", "ttft", 32768, 0, "passed", 1),
+        ("H100", "0.24.0", "8b", "ttft", 1024, 0, "passed", 2),
+        ("H100", "0.24.0", "8b", "ttft", 32768, 8192, "passed", 3),
+        ("H100", "0.24.0", "8b", "decode", 1024, 0, "passed", 4),
+        ("H100", "0.24.0", "8b", "ttft", 32768, 0, "passed", 5),
+        ("H100", "0.24.0", "8b", "ttft", 1024, 0, "failed", 6),
+    )
+    chunks = ttft_rows(path, None)
+    assert {chunk: [row["flash_ms"] for row in rows] for chunk, rows in chunks.items()} == {0: ["2", "5"], 8192: ["3"]}
+
+
+def test_one_gpu_vllm_and_model(table):
+    path = table(
+        ("H100", "0.24.0", "8b", "ttft", 1024, 0, "passed", 1),
+        ("H200", "0.12.0", "8b", "ttft", 2048, 0, "passed", 2),
+        ("H200", "0.24.0", "4 layers", "ttft", 4096, 0, "passed", 3),
+        ("H200", "0.24.0", "8b", "ttft", 8192, 0, "passed", 4),
+    )
+    assert [row["flash_ms"] for row in ttft_rows(path, None)[0]] == ["4"]
+    assert [row["flash_ms"] for row in ttft_rows(path, "H100")[0]] == ["1"]
+    assert ttft_rows(path, "A100") == {}
+
+
+@pytest.mark.parametrize("tokens, name", [(16, "16"), (1024, "1K"), (3072, "3K"), (122880, "120K")])
+def test_length_name(tokens, name):
+    assert length_name(tokens) == name

@@ -1,0 +1,184 @@
+"""Write the tables and plots of README.md and docs/ from the rows in results/*.csv: `make docs`.
+
+A table stands between `<!-- rows: NAME -->` and `<!-- end -->`; NAME is one of TABLES below. Plots are drawn again
+where their rows or their drawing changed, which needs matplotlib. tests/cpu/tools/test_docs.py fails where either is old.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tools import plot
+from tools.plot import GPU
+from tools.rows import RESULTS, Row, kernel_rows, length_name, newest, read_rows, ttft_rows
+
+ROOT = Path(__file__).parents[1]
+PLACE = re.compile(r"(?<=<!-- rows: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+
+
+def three_digits(value: str | float) -> str:
+    """Three significant digits, and all those before the point."""
+    return f"{float(value):.{max(0, 2 - math.floor(math.log10(float(value))))}f}"
+
+
+def density(value: str) -> str:
+    return f"{100 * float(value):.{0 if float(value) >= 0.1 else 1}f} %" if value else "dense"
+
+
+def milliseconds(value: str) -> str:
+    return value and f"{float(value):.{0 if float(value) >= 100 else 1}f}"
+
+
+def table(header: str, lines: Iterable[Iterable[str]]) -> str:
+    columns = header.split(" | ")
+    return "".join(
+        [f"| {header} |\n", f"|{'---|' * len(columns)}\n"]
+        + [f"| {' | '.join(line)} |\n".replace("  ", " ") for line in lines]
+    )
+
+
+def kernels_short() -> str:
+    return table(
+        "prompt tokens | density | ms | times FlashAttention-2 | times cuDNN",
+        [kernel_line(row, length(row), "sparse_ms", "times_fa2", "times_cudnn") for row in kernels()],
+    )
+
+
+def kernels_whole() -> str:
+    numbers = "sparse_ms pool_ms select_ms attend_ms attend_tflops fa2_ms cudnn_ms times_fa2 times_cudnn".split()
+    return table(
+        "tokens | density | sparse | pool | select | attend | TFLOP/s | FA2 | cuDNN | times FA2 | times cuDNN",
+        [kernel_line(row, length(row), *numbers) for row in kernels()],
+    )
+
+
+def kernel_line(row: Row, case: str, *numbers: str) -> list[str]:
+    return [case, density(row["density"]), *(three_digits(row[name]) if row[name] else "-" for name in numbers)]
+
+
+def kernels() -> list[Row]:
+    return kernel_rows(RESULTS / "kernels.csv", GPU)
+
+
+def kernel_shapes() -> str:
+    """What is not one plain prompt with 32/8 heads of 128."""
+    columns = ("tokens", "prompts", "queries", "heads", "kv_heads", "head_size", "page_size")
+    numbers = ("sparse_ms", "select_ms", "attend_tflops", "times_fa2", "times_cudnn")
+    plain = kernels()
+    rows = [row for row in newest(read_rows(RESULTS / "kernels.csv", gpu=GPU), *columns) if row not in plain]
+    return table(
+        "case | density | sparse | select | TFLOP/s | times FA2 | times cuDNN",
+        [kernel_line(row, shape(row), *numbers) for row in rows],
+    )
+
+
+def shape(row: Row) -> str:
+    """The case of a kernel's row."""
+    heads = row["heads"], row["kv_heads"], row["head_size"]
+    if row["prompts"] != "1":
+        return f"{row['prompts']} ragged prompts, {int(row['tokens']):,} tokens in all"
+    text = length(row)
+    if row["queries"] != row["tokens"]:
+        text = f"chunk of {length_name(int(row['queries']))} at the end of {text}"
+    if heads != ("32", "8", "128"):
+        text += ", heads {}/{} of {}".format(*heads)
+    return text + f", pages of {row['page_size']}" * (row["page_size"] != "0")
+
+
+def length(row: Row) -> str:
+    return length_name(int(row["tokens"]))
+
+
+def transformers() -> str:
+    rows = read_rows(RESULTS / "hf.csv", gpu=GPU)
+    return table(
+        "model | tokens | density | sdpa ms | flashprefill ms | times",
+        [
+            [model, length(row), density(row["density"]), *times(row, "sdpa_ms")]
+            for model in dict.fromkeys(row["model"] for row in rows)
+            for row in newest([row for row in rows if row["model"] == model], "tokens")
+        ],
+    )
+
+
+def times(row: Row, other: str, between: str | None = None) -> list[str]:
+    """Milliseconds without and with FlashPrefill, those of a third column, and how many times faster it is."""
+    faster = float(row[other]) / float(row["flash_ms"])
+    third = [] if between is None else [milliseconds(row[between])]
+    return [milliseconds(row[other]), milliseconds(row["flash_ms"]), *third, f"{faster:.2f}"]
+
+
+def ttft(vllm: str, model: str) -> Callable[[], str]:
+    def write() -> str:
+        chunks = ttft_rows(RESULTS / "vllm.csv", GPU, vllm, model)
+        header = "tokens | density | default | FlashPrefill | bound | times"
+        lines = [[length(row), density(row["density"]), *times(row, "default_ms", "bound_ms")] for row in chunks.pop(0)]
+        for chunk, rows in chunks.items():
+            header += f" | in chunks of {length_name(chunk)}: default | FlashPrefill | times"
+            found = {length(row): times(row, "default_ms") for row in rows}
+            lines = [line + found.get(line[0], ["", "", ""]) for line in lines]
+        return table(header, lines)
+
+    return write
+
+
+def ttft_versions() -> str:
+    """One prompt at once, the lengths that all versions have; in brackets the bound."""
+    models = {"0.24.0": "llama-8b, 32 layers"} | dict.fromkeys(("0.12.0", "0.10.0"), "llama-8b, 8 layers, eager")
+    found = [
+        {row["tokens"]: times(row, "default_ms", "bound_ms") for row in ttft_rows(RESULTS / "vllm.csv", GPU, *pair)[0]}
+        for pair in models.items()
+    ]
+    lines = []
+    for tokens in [tokens for tokens in found[0] if all(tokens in version for version in found)]:
+        lines.append([length_name(int(tokens))])
+        for default, flash, bound, faster in (version[tokens] for version in found):
+            lines[-1] += [default, f"{flash} ({bound})" if bound else flash, faster]
+    return table(" | ".join(["prompt tokens", *(f"{v}: default | FlashPrefill | times" for v in models)]), lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "kernels-short": kernels_short,
+    "kernels": kernels_whole,
+    "kernel-shapes": kernel_shapes,
+    "transformers": transformers,
+    "ttft-versions": ttft_versions,
+    "ttft-0.24.0": ttft("0.24.0", "llama-8b, 32 layers"),
+    "ttft-0.12.0": ttft("0.12.0", "llama-8b, 8 layers, eager"),
+    "ttft-0.10.0": ttft("0.10.0", "llama-8b, 8 layers, eager"),
+    "ttft-tensor-parallel": ttft("0.24.0", "llama-8b, 32 layers, tensor parallel 2"),
+    "ttft-pipeline-parallel": ttft("0.24.0", "llama-8b, 16 layers, pipeline parallel 2, eager"),
+    "ttft-70b": ttft("0.24.0", "llama-70b, 10 layers, tensor parallel 2, eager"),
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def with_tables(text: str) -> str:
+    """A page's text with each of its tables as its rows have it."""
+    return PLACE.sub(lambda place: place[1] + place[2] + TABLES[place[1]](), text)
+
+
+def main() -> None:
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if with_tables(text) != text:
+            page.write_text(with_tables(text), encoding="utf-8")
+            print(f"wrote the tables of {page.relative_to(ROOT)}")
+    for name in plot.PLOTS:
+        if not plot.is_current(name, ROOT / name):
+            try:
+                plot.draw(name, ROOT / name)
+            except ImportError:
+                sys.exit(f"error: {name} is older than its rows; drawing needs matplotlib: pip install matplotlib")
+            print(f"drew {name}")
+
+
+if __name__ == "__main__":
+    main()

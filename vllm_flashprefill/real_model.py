@@ -1,0 +1,148 @@
+"""A transformers model on real texts, for what measures there: this package's attention, without vLLM."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_flashprefill.api import flash_prefill
+from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.reference import select_blocks_ref
+
+CODE = ("zipfile", "tarfile", "subprocess")
+# Lines of the source are read from here on, so that a text does not begin with a licence.
+FIRST_LINE = 60
+
+
+def source_of(module: str) -> str:
+    """The source of a module of Python's library, which is not imported.
+
+    Raises:
+        RuntimeError: this Python comes without it.
+    """
+    base = Path(sysconfig.get_path("stdlib"), *module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+    raise RuntimeError(f"this Python has no source of {module} to make long texts from")
+
+
+def read_text(name: str) -> str:
+    """A file's text, or one of Python's library: "docs", what modules say of themselves, or "code", their source."""
+    if name not in ("docs", "code"):
+        return Path(name).read_text(encoding="utf-8", errors="replace")
+    if name == "code":
+        return "\n".join("".join(source_of(module).splitlines(keepends=True)[FIRST_LINE:]) for module in CODE)
+    parts = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        described = [tree, *(node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))]
+        docs = [ast.get_docstring(node) or "" for node in described]
+        parts += [doc for doc in docs if len(doc) > 200]
+    return "\n\n".join(parts)
+
+
+def encode_text(tokenizer: Any, name: str, length: int, start: int = 0) -> list[int]:
+    """`length` tokens of a text from `start` on; exits where it has fewer."""
+    # No tokenizer makes tokens of more than 12 characters on average.
+    tokens = tokenizer.encode(read_text(name)[: 12 * (start + length)], add_special_tokens=False)[start:][:length]
+    if len(tokens) < length:
+        raise SystemExit(f"{name}: only {len(tokens)} tokens from {start} on, not {length}")
+    return tokens
+
+
+def load_model(name: str, attention: Callable[..., Any], device: str = "cpu") -> tuple[Any, Any]:
+    """The model and tokenizer of a folder or of a GGUF file, in bfloat16, its layers calling `attention`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    path = Path(name)
+    where: dict[str, str] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    folder = str(path.parent if where else path)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, **where).eval().to(device)
+    # A name that transformers does not know gets no masks.
+    ALL_ATTENTION_FUNCTIONS["measured"] = attention
+    model.set_attn_implementation("measured")
+    return model, tokenizer
+
+
+def dense_attention(query, key, value, scaling, sliding_window=None, **kwargs):
+    """Causal attention of the last tokens, [batch, heads, tokens, D] to [batch, tokens, heads, D].
+
+    Raises:
+        NotImplementedError: a layer with softcap or sinks.
+    """
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        raise NotImplementedError("layers with softcap or sinks")
+    num_tokens, seq_len = query.shape[2], key.shape[2]
+    mask: dict[str, Any] = {"is_causal": True}
+    if num_tokens < seq_len or (sliding_window is not None and sliding_window < seq_len):
+        seen = torch.ones(num_tokens, seq_len, dtype=torch.bool, device=query.device).tril(seq_len - num_tokens)
+        if sliding_window is not None:
+            seen = seen.triu(seq_len - num_tokens - sliding_window + 1)
+        mask = {"attn_mask": seen}
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True, **mask)
+    return out.transpose(1, 2).contiguous()
+
+
+@dataclasses.dataclass
+class Attention:
+    """An attention function for transformers; dense where there is no config, in layers with a sliding window, in the
+    first num_dense_layers and for steps under a block.
+
+    Attributes:
+        prompt_len: tokens of the whole prompt; those of the step and before it if 0.
+        kept_blocks, visible_blocks: of all sparse calls.
+    """
+
+    config: FlashPrefillConfig | None = None
+    prompt_len: int = 0
+    kept_blocks: int = 0
+    visible_blocks: int = 0
+
+    def use(self, config: FlashPrefillConfig | None) -> None:
+        """Take another config, and count from 0."""
+        self.config, self.kept_blocks, self.visible_blocks = config, 0, 0
+
+    @property
+    def density(self) -> float:
+        return self.kept_blocks / self.visible_blocks if self.visible_blocks else 1.0
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        config, num_tokens = self.config, query.shape[2]
+        if (
+            config is None
+            or kwargs.get("sliding_window") is not None
+            or num_tokens < config.block_size
+            or module.layer_idx < config.num_dense_layers
+        ):
+            return dense_attention(query, key, value, scaling, **kwargs), None
+        context_len = key.shape[2] - num_tokens
+        prompt_len = self.prompt_len or key.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if query.is_cuda:
+            counts = torch.zeros(2, dtype=torch.int64, device=query.device)
+            out = flash_prefill(
+                q, k, v, config=config, softmax_scale=scaling, prompt_len=prompt_len, block_counts=counts
+            )
+            kept, visible = counts.tolist()
+        else:
+            arguments = dict(context_len=context_len, softmax_scale=scaling)
+            mask = select_blocks_ref(q[0], k[0], prompt_len=prompt_len, config=config, **arguments)
+            out = sparse_attention_cpu(q[0], k[0], v[0], mask, block_size=config.block_size, **arguments)[None]
+            first = context_len // config.block_size
+            kept = int(mask.sum())
+            visible = len(mask) * sum(range(first + 1, first + mask.shape[1] + 1))
+        self.kept_blocks += kept
+        self.visible_blocks += visible
+        return out, None
