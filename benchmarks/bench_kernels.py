@@ -16,6 +16,7 @@ import functools
 import itertools
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,8 +29,10 @@ from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.configs import num_multiprocessors
 from vllm_flashprefill.kernels.pipeline import list_scratch, run_stages
-from vllm_flashprefill.kernels.schedule import Sequence, cached_schedule
+from vllm_flashprefill.kernels.schedule import schedule_step
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.plan import SparseRequest, StepPlan
 
 TIE = 0.01
 
@@ -77,41 +80,41 @@ class Stages:
     def __init__(self, q, k, v, page_size: int = 0, query_len: int = 0, lengths: tuple[int, ...] = ()):
         total = k.shape[1]
         self.plain = (k, v)
-        self.q, self.k, self.v, self.table = q, k, v, None
+        self.q, self.kv = q, KeyValues(k, v)
         if query_len:
             self.q = q[:, -query_len:]
         if page_size:
             pages = -(-total // page_size)
             order = torch.randperm(pages, device="cuda", dtype=torch.int32)
-            self.table = order[None].contiguous()
             cache = torch.empty(2, pages, page_size, *k.shape[2:], device="cuda", dtype=k.dtype)
             for n, x in enumerate((k, v)):
                 cache[n][order.long()] = x[0].view(pages, page_size, *k.shape[2:])
-            self.k, self.v = cache[0], cache[1]
+            self.kv = KeyValues(cache[0], cache[1], order[None].contiguous())
         tokens = self.q.shape[1]
         starts = itertools.accumulate(lengths, initial=0)
-        self.sequences = tuple(
-            Sequence(length, 0, length, query_start=start, kv_start=start)
+        self.requests = tuple(
+            SparseRequest(0, start, length, 0, length, kv_start=start)
             for length, start in zip(lengths, starts, strict=False)
-        ) or (Sequence(tokens, total - tokens, total),)
+        ) or (SparseRequest(0, 0, tokens, total - tokens, total),)
+        self.plan = StepPlan(self.requests, np.empty(0, dtype=np.int64), {})
         self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
         self.config = FlashPrefillConfig()
         self.schedule = self.make_schedule()
-        self.mean = block_mean(self.k, self.schedule, self.table)
+        self.mean = block_mean(self.kv, self.schedule)
         self.lists, self.counts = list_scratch(self.q, self.schedule)
         self.scores = score_scratch(self.q, self.schedule)
         self.out = torch.empty_like(self.q)
 
     def make_schedule(self):
-        return cached_schedule(
-            self.sequences,
+        return schedule_step(
+            self.plan,
             num_heads=self.heads,
             num_dense_tail_blocks=self.config.num_dense_tail_blocks,
             device=self.q.device,
         )
 
     def pool(self):
-        block_mean(self.k, self.schedule, self.table, out=self.mean)
+        block_mean(self.kv, self.schedule, self.mean)
 
     def select(self, launch=None, slab=None):
         scores = self.scores
@@ -125,16 +128,13 @@ class Stages:
 
     def attend(self, launch=None, slab=None):
         sparse_attention(
-            self.q, self.k, self.v, self.schedule, slab or self.schedule.slabs[0], lists=self.lists,
-            counts=self.counts, softmax_scale=self.scale, out=self.out, block_table=self.table, launch=launch,
+            self.q, self.kv, self.schedule, slab or self.schedule.slabs[0], lists=self.lists,
+            counts=self.counts, softmax_scale=self.scale, out=self.out, launch=launch,
         )  # fmt: skip
 
     def all(self):
         """What a caller of the API pays."""
-        run_stages(
-            self.q, self.k, self.v, self.make_schedule(), config=self.config, softmax_scale=self.scale, out=self.out,
-            block_table=self.table,
-        )  # fmt: skip
+        run_stages(self.q, self.kv, self.make_schedule(), config=self.config, softmax_scale=self.scale, out=self.out)
 
     def kept_blocks(self) -> int:
         kept = 0
@@ -160,12 +160,12 @@ class Stages:
             counts = self.counts[: slab.num_items * self.heads].view(-1, self.heads).cpu()
             for n in [0, *torch.randint(slab.num_items, (6,), generator=generator).tolist()]:
                 row, block, slot = self.schedule.items[slab.first_item + n].tolist()
-                sequence = self.sequences[row]
-                seq_len, context_len = sequence.context_len + sequence.query_len, sequence.context_len
-                k, v = (x[0, sequence.kv_start :][:seq_len] for x in self.plain)
+                request = self.requests[row]
+                seq_len, context_len = request.seq_len, request.context_len
+                k, v = (x[0, request.kv_start :][:seq_len] for x in self.plain)
                 first = max(block * 128, context_len)
                 last = min(block * 128 + 128, seq_len)
-                at = sequence.query_start - context_len
+                at = request.query_start - context_len
                 rows = slice(at + first, at + last)
                 for h in torch.randint(self.heads, (3,), generator=generator).tolist():
                     start = slot * self.heads + h * (block + 1)
@@ -223,8 +223,8 @@ def median_ms(call, rep: int = 200) -> float:
 def dense_ms(stages: Stages, backend: SDPBackend, rep: int) -> float | None:
     """PyTorch's dense attention of the same prompts, one after another; None where the backend refuses."""
     prompts = [
-        [x[:, sequence.kv_start :][:, : sequence.query_len].transpose(1, 2) for x in (stages.q, *stages.plain)]
-        for sequence in stages.sequences
+        [x[:, request.kv_start :][:, : request.query_len].transpose(1, 2) for x in (stages.q, *stages.plain)]
+        for request in stages.requests
     ]
 
     def call():

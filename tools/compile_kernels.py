@@ -25,6 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_flashprefill.kernels import block_mean, block_select, configs, sparse_attention
+from vllm_flashprefill.kernels.descriptors import TensorDescriptor
+
+# None where this Triton has no Gluon for Hopper.
+hopper = sparse_attention.hopper
 
 ARCHS = {80: "ampere", 90: "hopper", 100: "blackwell"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -85,7 +89,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     tables = {
         "": (sparse_attention._sparse_attention_kernel, configs.ATTENTION),
         " tma": (sparse_attention._sparse_attention_kernel, configs.ATTENTION_TMA),
-        " gluon": (sparse_attention._sparse_attention_hopper_kernel, configs.ATTENTION_GLUON),
+        " gluon": (getattr(hopper, "_sparse_attention_hopper_kernel", None), configs.ATTENTION_GLUON),
     }
     for page_size in page_sizes:
         for is_fp8 in fp8:
@@ -99,10 +103,10 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 config = table.get((generation, head_size))
                 if config is None or kernel is None or (config.gluon and is_fp8):
                     continue
-                if config.tma and sparse_attention.TensorDescriptor is None:
+                if config.tma and TensorDescriptor is None:
                     continue
                 if config.gluon:
-                    paged["BOX"] = sparse_attention.box_rows(page_size, 128)
+                    paged["BOX"] = hopper.box_rows(page_size, 128)
                 elif config.tma and page_size % config.block_n:
                     continue
                 descriptors = () if config.tma else ("k_desc", "v_desc")
@@ -117,9 +121,9 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
 
 def skipped() -> Iterator[str]:
     """What this Triton cannot compile, and why."""
-    if sparse_attention.TensorDescriptor is None:
+    if TensorDescriptor is None:
         yield "sparse_attention tma: this Triton has no triton.tools.tensor_descriptor (3.4 has)"
-    if sparse_attention._sparse_attention_hopper_kernel is None:
+    if hopper is None:
         yield "sparse_attention gluon: this Triton has no Gluon for Hopper (3.5 has)"
 
 
@@ -155,8 +159,8 @@ def descriptor_type(case: Case, name: str, is_gluon: bool) -> str:
     head_size = case.values["HEAD_SIZE"]
     if not is_gluon:
         return f"tensordesc<{case.kv_dtype}{[case.values['BLOCK_N'], head_size]}>"
-    shape = [64, head_size] if name == "q_desc" else [case.values["BOX"], sparse_attention.PANEL]
-    return f"tensordesc<{case.kv_dtype}{shape},{sparse_attention.tile_layout(2)!r}>"
+    shape = [64, head_size] if name == "q_desc" else [case.values["BOX"], hopper.PANEL]
+    return f"tensordesc<{case.kv_dtype}{shape},{hopper.tile_layout(2)!r}>"
 
 
 @functools.cache

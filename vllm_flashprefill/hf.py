@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from vllm_flashprefill.api import DTYPES, HEAD_SIZES, flash_prefill
+from vllm_flashprefill.api import flash_prefill
+from vllm_flashprefill.checks import DTYPES, HEAD_SIZES
 from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
 from vllm_flashprefill.counters import Stats
 from vllm_flashprefill.routing import DenseReason, request_dense_reason

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +15,16 @@ from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
 @dataclasses.dataclass(frozen=True)
 class SparseRequest:
-    """One request of the step whose prefill is sparse. Lengths are in tokens.
+    """One sequence whose prefill is sparse, and the chunk of it to attend to. Lengths are in tokens.
 
     Attributes:
         index: its row in the batch, so in the block table too.
-        query_start: its first token in the step's packed queries.
+        query_start: its first token in the packed queries.
         query_len: its tokens in this step.
         context_len: tokens already in the KV cache before this step.
         prompt_len: tokens of its whole prefill, later chunks included.
+        batch: its index along the batch dimension of the queries, and of keys and values that are not paged.
+        kv_start: its first token in keys and values that are not paged.
     """
 
     index: int
@@ -28,6 +32,8 @@ class SparseRequest:
     query_len: int
     context_len: int
     prompt_len: int
+    batch: int = 0
+    kv_start: int = 0
 
     @property
     def seq_len(self) -> int:
@@ -38,9 +44,14 @@ class SparseRequest:
         return slice(self.query_start, self.query_start + self.query_len)
 
     @property
+    def query_blocks(self) -> range:
+        """The blocks that its chunk touches; the last is the sequence's last."""
+        return range(self.context_len // BLOCK_SIZE, -(-self.seq_len // BLOCK_SIZE))
+
+    @property
     def visible_blocks(self) -> int:
         """Key blocks that one head's query blocks of this chunk could attend to, over those query blocks."""
-        return sum(range(self.context_len // BLOCK_SIZE + 1, -(-self.seq_len // BLOCK_SIZE) + 1))
+        return sum(self.query_blocks) + len(self.query_blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +63,13 @@ class StepPlan:
         dense: rows in the batch of the other requests, int64, in batch order; without those that have no tokens, which
             pad a batch to the size of a CUDA graph.
         dense_tokens: tokens of this step that stay dense, by reason.
+        schedules: what GPUs were given of it, by the step's first layer.
     """
 
     sparse: tuple[SparseRequest, ...]
     dense: np.ndarray
     dense_tokens: dict[DenseReason, int]
+    schedules: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_sparse_tokens(self) -> int:

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from vllm_flashprefill.api import flash_prefill
-from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.reference import select_blocks_ref
 
 CODE = ("zipfile", "tarfile", "subprocess")
 # Lines of the source are read from here on, so that a text does not begin with a licence.
@@ -127,22 +125,11 @@ class Attention:
             or module.layer_idx < config.num_dense_layers
         ):
             return dense_attention(query, key, value, scaling, **kwargs), None
-        context_len = key.shape[2] - num_tokens
-        prompt_len = self.prompt_len or key.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if query.is_cuda:
-            counts = torch.zeros(2, dtype=torch.int64, device=query.device)
-            out = flash_prefill(
-                q, k, v, config=config, softmax_scale=scaling, prompt_len=prompt_len, block_counts=counts
-            )
-            kept, visible = counts.tolist()
-        else:
-            arguments = dict(context_len=context_len, softmax_scale=scaling)
-            mask = select_blocks_ref(q[0], k[0], prompt_len=prompt_len, config=config, **arguments)
-            out = sparse_attention_cpu(q[0], k[0], v[0], mask, block_size=config.block_size, **arguments)[None]
-            first = context_len // config.block_size
-            kept = int(mask.sum())
-            visible = len(mask) * sum(range(first + 1, first + mask.shape[1] + 1))
+        counts = torch.zeros(2, dtype=torch.int64, device=query.device)
+        prompt_len = self.prompt_len or key.shape[2]
+        out = flash_prefill(q, k, v, config=config, softmax_scale=scaling, prompt_len=prompt_len, block_counts=counts)
+        kept, visible = counts.tolist()
         self.kept_blocks += kept
         self.visible_blocks += visible
         return out, None

@@ -10,15 +10,11 @@ Source: FlashPrefill, arXiv 2603.06199.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import StepPlan
-
-# vLLM keeps e4m3 as uint8.
-FP8_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 
 
 def block_mean_ref(k: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -231,102 +227,32 @@ def flash_prefill_ref(
     )
 
 
-def flash_prefill_varlen_ref(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    config: FlashPrefillConfig,
-    softmax_scale: float,
-) -> torch.Tensor:
-    """`flash_prefill_ref` for whole prompts packed one after another.
-
-    Args:
-        q: [total, H, D]. k, v: [total, G, D].
-        cu_seqlens: [sequences + 1] integers, where each sequence starts; the last is total.
-
-    Returns:
-        [total, H, D] in q's dtype.
-    """
-    bounds = cu_seqlens.tolist()
-    outputs = [
-        flash_prefill_ref(q[a:b], k[a:b], v[a:b], config=config, softmax_scale=softmax_scale)
-        for a, b in itertools.pairwise(bounds)
-    ]
-    return torch.cat(outputs)
-
-
-def gather_pages(cache: torch.Tensor, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """The first `seq_len` tokens of one request from a paged cache.
-
-    Args:
-        cache: [num_pages, page_size, G, D], any strides.
-        pages: [>= ceil(seq_len / page_size)] integers, the request's row of the block table.
-
-    Returns:
-        [seq_len, G, D].
-    """
-    num_pages = -(-seq_len // cache.shape[1])
-    return cache[pages[:num_pages].long()].flatten(0, 1)[:seq_len]
-
-
-def dequantise(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """What some e4m3 codes stand for.
-
-    Args:
-        codes: [..., G, D] uint8.
-        scale: float32 of one element or [G]; 1 if None.
-
-    Returns:
-        [..., G, D] in float32.
-    """
-    values = codes.view(torch.float8_e4m3fn).float()
-    return values if scale is None else values * scale.reshape(-1, 1)
-
-
 def flash_prefill_paged_ref(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
+    kv: KeyValues,
     plan: StepPlan,
     *,
     config: FlashPrefillConfig,
     softmax_scale: float,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All four stages for the sparse requests of a step, whose keys and values are all in the cache.
 
     Args:
         q: [tokens of the step, H, D].
-        k_cache, v_cache: [num_pages, page_size, G, D], any strides, any page size. e4m3 if their dtype is one of
-            FP8_DTYPES.
-        block_table: [num_reqs, max pages] integers.
+        kv: the cache in pages, of any size and strides.
         plan: which requests are sparse.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
-        k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
 
     Returns:
         out.
     """
-    fp8 = k_cache.dtype in FP8_DTYPES
-    if fp8:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     for request in plan.sparse:
-        pages = block_table[request.index]
-        k = gather_pages(k_cache, pages, request.seq_len)
-        v = gather_pages(v_cache, pages, request.seq_len)
-        if fp8:
-            k, v = dequantise(k, k_scale), dequantise(v, v_scale)
         out[request.query_slice] = flash_prefill_ref(
             q[request.query_slice],
-            k,
-            v,
+            *kv.of_request(request),
             config=config,
             softmax_scale=softmax_scale,
             prompt_len=request.prompt_len,

@@ -5,6 +5,7 @@ import torch
 from tests.support.bad_input import bad_calls
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 
 
@@ -38,9 +39,20 @@ def test_an_e4m3_cache_is_its_scaled_values(dtype, num_scales):
         scales = {"k_scale": k_scale, "v_scale": v_scale}
         wide = [x * scale[:, None] for x, scale in zip(wide, scales.values(), strict=True)]
     options = dict(config=config, softmax_scale=0.125)
-    expected = flash_prefill_paged(q, *wide, table, plan, **options, out=torch.empty_like(q))
-    out = flash_prefill_paged(
-        q, k.view(dtype), v.view(dtype), table, plan, **options, **scales, out=torch.empty_like(q)
-    )
+    expected = flash_prefill_paged(q, KeyValues(*wide, table), plan, **options, out=torch.empty_like(q))
+    kv = KeyValues(k.view(dtype), v.view(dtype), table, **scales)
+    out = flash_prefill_paged(q, kv, plan, **options, out=torch.empty_like(q))
     assert not expected.isnan().any() and plan.sparse
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_cpu_caches_have_any_strides():
+    config = FlashPrefillConfig(alpha=0.5, num_sink_blocks=0, num_window_blocks=1, min_sparse_tokens=0)
+    q, (k, v) = torch.randn(600, 4, 32), torch.randn(2, 40, 16, 2, 32)
+    table = torch.randperm(40, dtype=torch.int32)[None]
+    plan = plan_step(np.array([0, 600]), np.array([640]), config)
+    options = dict(config=config, softmax_scale=1.0)
+    expected = flash_prefill_paged(q, KeyValues(k, v, table), plan, **options, out=torch.empty_like(q))
+    k = k.transpose(1, 3).contiguous().transpose(1, 3)
+    out = flash_prefill_paged(q, KeyValues(k, v, table), plan, **options, out=torch.empty_like(q))
+    assert k.stride(-1) != 1 and torch.equal(out, expected)

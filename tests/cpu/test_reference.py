@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import strategies as st
 
 from tests.support import brute_force
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend import cpu_attention
-from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
+from vllm_flashprefill.api import flash_prefill_varlen
+from vllm_flashprefill.cpu import block_select, sparse_attention
+from vllm_flashprefill.cpu.block_select import block_select_cpu
+from vllm_flashprefill.cpu.sparse_attention import sparse_attention_cpu
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.reference import (
     block_mean_ref,
@@ -18,7 +22,6 @@ from vllm_flashprefill.reference import (
     block_share_ref,
     flash_prefill_paged_ref,
     flash_prefill_ref,
-    flash_prefill_varlen_ref,
     select_blocks_ref,
     sparse_attention_ref,
 )
@@ -208,7 +211,7 @@ def test_packed_sequences_equal_each_alone():
     lengths = [1, 1500, 129, 1000]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
     q, k, v = tensors(sum(lengths), sum(lengths))
-    packed = flash_prefill_varlen_ref(q, k, v, cu_seqlens, config=config, softmax_scale=SCALE)
+    packed = flash_prefill_varlen(q, k, v, cu_seqlens, config=config, softmax_scale=SCALE)
     for a, b in itertools.pairwise(cu_seqlens):
         alone = flash_prefill_ref(q[a:b], k[a:b], v[a:b], config=config, softmax_scale=SCALE)
         torch.testing.assert_close(packed[a:b], alone)
@@ -262,7 +265,8 @@ def test_random_paged_batches_at_alpha_0_equal_dense(requests, page_size, heads,
     plan = plan_step(starts.numpy(), seq_lens.numpy(), config, prompt_lens.numpy())
 
     poison = torch.full_like(q, torch.nan)
-    out = flash_prefill_paged_ref(q, k_cache, v_cache, table, plan, config=config, softmax_scale=SCALE, out=poison)
+    kv = KeyValues(k_cache, v_cache, table)
+    out = flash_prefill_paged_ref(q, kv, plan, config=config, softmax_scale=SCALE, out=poison)
     for request in plan.sparse:
         exact = brute_force.dense(*parts[request.index], softmax_scale=SCALE)
         assert brute_force.relative_error(out[request.query_slice], exact) < 1e-5
@@ -296,5 +300,35 @@ def test_batched_cpu_attention_gathers_in_pieces(monkeypatch):
     mask = select_blocks_ref(q, k, context_len=0, prompt_len=1500, config=config, softmax_scale=SCALE)
     arguments = dict(context_len=0, block_size=128, softmax_scale=SCALE)
     whole = sparse_attention_cpu(q, k, v, mask, **arguments)
-    monkeypatch.setattr(cpu_attention, "GATHER_BYTES", 1)
+    monkeypatch.setattr(sparse_attention, "GATHER_BYTES", 1)
     torch.testing.assert_close(sparse_attention_cpu(q, k, v, mask, **arguments), whole)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    request_strategy,
+    st.sampled_from([{"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 0.8}, {"min_share": 0.1}, {"min_share": 0.3}]),
+    st.sampled_from([(4, 2), (3, 3), (4, 1)]),
+    st.sampled_from([1, 2 << 20]),
+    st.integers(0, 2**31),
+)
+def test_batched_cpu_selection_equals_the_reference(request_shape, options, heads, logit_bytes, seed):
+    query_len, context_len, rest = request_shape
+    seq_len = query_len + context_len
+    q, k, _ = tensors(query_len, seq_len, heads=heads[0], kv_heads=heads[1], seed=seed)
+    config = FlashPrefillConfig(**{"alpha": 1.0, "num_sink_blocks": 1, "num_window_blocks": 1, **options})
+    arguments = dict(prompt_len=seq_len + rest, softmax_scale=SCALE)
+    with mock.patch.object(block_select, "LOGIT_BYTES", logit_bytes):
+        mask = block_select_cpu(q, k, config=config, **arguments)
+    # Between what is kept with a threshold just above and one just below: sums are in another order.
+    near = [
+        select_blocks_ref(q, k, context_len=context_len, config=scaled(config, factor), **arguments)
+        for factor in (1 - 1e-4, 1 + 1e-4)
+    ]
+    assert (near[1] <= mask).all() and (mask <= near[0]).all()
+
+
+def scaled(config, factor):
+    """The config with a threshold that many times its own, where it has one."""
+    name = "min_share" if config.row_share else "alpha"
+    return dataclasses.replace(config, **{name: min(1.0, getattr(config, name) * factor)})

@@ -7,6 +7,7 @@ import torch
 
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 
 
@@ -44,6 +45,8 @@ def bad_calls(device):
         ("prompt_len", lambda: flash_prefill(q, k, v, prompt_len=7)),
         ("q", lambda: flash_prefill_varlen(q, k[0], v[0], [0, 300])),
         ("k", lambda: flash_prefill_varlen(q[0], k[0, :299], v[0, :299], [0, 300])),
+        ("q", lambda: flash_prefill(q.clone().requires_grad_(), k, v)),
+        ("v", lambda: flash_prefill(q, k, v.clone().requires_grad_())),
     ]
     for bounds in (
         [0, 200, 100, 300], [0, 100, 100, 300], [0, 299], [0, 301], [1, 300], [-1, 300], [0], [], [0, 1.5, 300],
@@ -54,10 +57,11 @@ def bad_calls(device):
         calls += [
             ("q", lambda: flash_prefill(q.float(), k.float(), v.float())),
             ("q", lambda: flash_prefill(q[..., :48], k[..., :48], v[..., :48])),
-            ("q", lambda: flash_prefill(q.clone().requires_grad_(), k, v)),
-            ("v", lambda: flash_prefill(q, k, v.clone().requires_grad_())),
         ]
     return calls + bad_paged_calls(q[0, :288], elsewhere)
+
+
+FIELDS = [field.name for field in dataclasses.fields(KeyValues)]
 
 
 def bad_paged_calls(q, elsewhere):
@@ -70,32 +74,33 @@ def bad_paged_calls(q, elsewhere):
     one = torch.ones(1, device=q.device)
 
     def call(name, **arguments):
-        good = dict(
-            q=q, k_cache=cache, v_cache=cache, block_table=table, plan=plan,
-            config=config, softmax_scale=1.0, out=torch.empty_like(q),
-        )  # fmt: skip
-        return name, lambda: flash_prefill_paged(**{**good, **arguments})
+        good = dict(q=q, plan=plan, config=config, softmax_scale=1.0, out=torch.empty_like(q))
+        kv = dict(k=cache, v=cache, block_table=table)
+        kv.update({name: arguments.pop(name) for name in FIELDS if name in arguments})
+        return name, lambda: flash_prefill_paged(**{**good, "kv": KeyValues(**kv), **arguments})
 
     def planned(**changes):
         return dataclasses.replace(plan, sparse=(dataclasses.replace(plan.sparse[0], **changes),))
 
-    fp8 = dict(k_cache=codes, v_cache=codes)
+    fp8 = dict(k=codes, v=codes)
     return [
         call("q", q=q[None]),
-        call("q", q=codes[0, :1], k_cache=codes, v_cache=codes),
-        call("k_cache", k_cache=cache[0]),
-        call("k_cache", k_cache=cache[:, :15], v_cache=cache[:, :15]),
-        call("k_cache", k_cache=cache[:, :0], v_cache=cache[:, :0]),
-        call("k_cache", k_cache=cache[:0], v_cache=cache[:0]),
-        call("k_cache", k_cache=cache.bfloat16(), v_cache=cache.bfloat16()),
-        call("k_cache", k_cache=cache.to(torch.float8_e5m2), v_cache=cache.to(torch.float8_e5m2)),
-        call("k_cache", k_cache=strided[..., ::2]),
-        call("k_cache", k_cache=torch.zeros_like(cache, device=elsewhere)),
-        call("v_cache", v_cache=cache[0]),
-        call("v_cache", v_cache=cache[:17]),
-        call("v_cache", v_cache=codes),
-        call("v_cache", k_cache=codes, v_cache=codes.view(torch.float8_e4m3fn)),
-        call("v_cache", v_cache=torch.zeros_like(cache, device=elsewhere)),
+        call("q", q=codes[0, :1], k=codes, v=codes),
+        call("k", k=cache[0]),
+        call("k", k=cache[:, :15], v=cache[:, :15]),
+        call("k", k=cache[:, :0], v=cache[:, :0]),
+        call("k", k=cache[:0], v=cache[:0]),
+        call("k", k=cache.bfloat16(), v=cache.bfloat16()),
+        call("k", k=cache.to(torch.float8_e5m2), v=cache.to(torch.float8_e5m2)),
+        # The CPU takes any strides.
+        *([call("k", k=strided[..., ::2])] if q.device.type != "cpu" else []),
+        call("k", k=torch.zeros_like(cache, device=elsewhere)),
+        call("v", v=cache[0]),
+        call("v", v=cache[:17]),
+        call("v", v=codes),
+        call("v", k=codes, v=codes.view(torch.float8_e4m3fn)),
+        call("v", v=torch.zeros_like(cache, device=elsewhere)),
+        call("block_table", block_table=None),
         call("block_table", block_table=table[0]),
         call("block_table", block_table=table[:, :17]),
         call("block_table", block_table=table[:0]),

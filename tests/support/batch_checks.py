@@ -16,6 +16,7 @@ from tests.support.random_batch import random_batch
 from tests.support.vllm_side import Side, counted, our_backend, recorded_forward
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.device_counts import device_counts
+from vllm_flashprefill.key_values import KeyValues
 
 
 class Pair:
@@ -151,12 +152,11 @@ def check_quantised(batch, pair):
         assert not (wrong & step.owned[:, None, None]).any(), "the cache is not what was to be written"
         held.append(values)
     direct = torch.full_like(step.query, math.nan)
-    k_cache, v_cache = impl.paged_kv(step.cache)
+    scales = pair.ours.layer._k_scale, pair.ours.layer._v_scale
     flash_prefill_paged(
-        step.query, k_cache, v_cache, step.block_table, plan,
+        step.query, KeyValues(*impl.paged_kv(step.cache), step.block_table, *scales), plan,
         config=batch.config(0.0), softmax_scale=pair.shape.scale, out=direct,
         block_counts=device_counts(pair.device).blocks,
-        k_scale=pair.ours.layer._k_scale, v_scale=pair.ours.layer._v_scale,
     )  # fmt: skip
     eps = torch.finfo(pair.shape.dtype).eps
     error, worst = step.errors(direct, step.exact(*held))

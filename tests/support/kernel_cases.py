@@ -14,11 +14,12 @@ from vllm_flashprefill.kernels import pipeline
 from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select
 from vllm_flashprefill.kernels.fp8 import from_e4m3
-from vllm_flashprefill.kernels.schedule import Schedule, Sequence, schedule_sequences
+from vllm_flashprefill.kernels.schedule import Schedule, schedule_requests
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.workspace import Workspace
-from vllm_flashprefill.plan import plan_step
-from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, block_share_ref, dequantise
+from vllm_flashprefill.key_values import KeyValues, dequantise
+from vllm_flashprefill.plan import SparseRequest, plan_step
+from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, block_share_ref
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
 TIE = 0.01
@@ -30,12 +31,9 @@ class Batch:
 
     requests: list
     q: torch.Tensor  # [1, tokens, H, D]
-    k: torch.Tensor  # [pages, page_size, G, D], or [1, tokens, G, D] where block_table is None
-    v: torch.Tensor
-    block_table: torch.Tensor | None
+    kv: KeyValues
     parts: list  # (q [T, H, D], k [S, G, D], v) of each request; k and v in float32 where the batch's are e4m3
     schedule: Schedule
-    scales: dict  # k_scale and v_scale
 
 
 def make_batch(
@@ -69,14 +67,10 @@ def make_batch(
         qkv = q.new_full((len(q), heads + 2 * kv_heads, dim), torch.nan)
         qkv[:, :heads] = q
         q = qkv[:, :heads]
-    block_table, sequences, query_start, kv_start = None, [], 0, 0
+    block_table, sparse, query_start, kv_start = None, [], 0, 0
     for row, request in enumerate(requests):
-        sequences.append(
-            Sequence(
-                request.query_len, request.context_len, request.prompt_len,
-                query_start=query_start, kv_start=kv_start, table_row=row,
-            )
-        )  # fmt: skip
+        lengths = request.query_len, request.context_len, request.prompt_len
+        sparse.append(SparseRequest(row, query_start, *lengths, kv_start=kv_start))
         query_start += request.query_len
         kv_start += request.seq_len
     keys, values, scales = [part[1] for part in parts], [part[2] for part in parts], {}
@@ -98,10 +92,10 @@ def make_batch(
     if kv_dtype is not None:
         k, v = k.view(kv_dtype), v.view(kv_dtype)
     extra = {} if slab_bytes is None else {"list_bytes": slab_bytes}
-    schedule = schedule_sequences(
-        sequences, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
+    schedule = schedule_requests(
+        sparse, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
     )
-    return Batch(requests, q[None], k, v, block_table, parts, schedule, scales)
+    return Batch(requests, q[None], KeyValues(k, v, block_table, **scales), parts, schedule)
 
 
 def planned_batch(requests, config, **options):
@@ -146,7 +140,7 @@ def run_select(batch, config, scale):
     """Masks [H, NQ, NK] bool and log2 scores [H, NQ, NK] of each request, from the kernels, on NaN-filled scratch."""
     heads = batch.q.shape[2]
     schedule = batch.schedule
-    mean = block_mean(batch.k, schedule, batch.block_table, k_scale=batch.scales.get("k_scale"))
+    mean = block_mean(batch.kv, schedule)
     masks = [
         torch.zeros(heads, -(-r.seq_len // 128) - r.context_len // 128, -(-r.seq_len // 128), dtype=torch.bool)
         for r in batch.requests
@@ -219,10 +213,8 @@ def run_attention(batch, masks, scale):
     for slab in batch.schedule.slabs:
         lists, counts = lists_of(masks, batch, slab)
         sparse_attention(
-            batch.q, batch.k, batch.v, batch.schedule, slab,
-            lists=lists, counts=counts, softmax_scale=scale, out=out, block_table=batch.block_table,
-            **batch.scales,
-        )  # fmt: skip
+            batch.q, batch.kv, batch.schedule, slab, lists=lists, counts=counts, softmax_scale=scale, out=out
+        )
     return split(out, batch)
 
 
@@ -231,7 +223,7 @@ def split(out, batch):
 
 
 def check_means(batch):
-    mean = block_mean(batch.k, batch.schedule, batch.block_table, k_scale=batch.scales.get("k_scale"))
+    mean = block_mean(batch.kv, batch.schedule)
     expected = torch.cat([block_mean_ref(part[1], 128) for part in batch.parts]).transpose(0, 1)
     torch.testing.assert_close(mean.float(), expected, rtol=1e-3, atol=1e-3)
 
@@ -312,9 +304,8 @@ def check_all(batch, config, scale):
     marks = []
     for _ in range(2):
         pipeline.run_stages(
-            batch.q, batch.k, batch.v, batch.schedule,
-            config=config, softmax_scale=scale, out=out, block_table=batch.block_table,
-            block_counts=counts, workspace=workspace, **batch.scales, mark=lambda: marks.append(None),
+            batch.q, batch.kv, batch.schedule, config=config, softmax_scale=scale, out=out,
+            block_counts=counts, workspace=workspace, mark=lambda: marks.append(None),
         )  # fmt: skip
     assert len(marks) == 2 * (1 + 2 * len(batch.schedule.slabs))
     visible = sum(

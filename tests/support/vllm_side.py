@@ -1,6 +1,7 @@
 """What vLLM makes of a model and says of a batch, and what is seen of its classes at work."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -194,8 +195,9 @@ def recorded_forward(impl_class):
 
 @contextlib.contextmanager
 def counted():
-    """The statistics of what happens inside, once it is over."""
+    """The statistics of what happens inside but for its seconds, once it is over."""
     result = SimpleNamespace()
     before = counters._to_stats(counters.recorder()._counters)
     yield result
-    result.stats = counters._to_stats(counters.recorder()._counters) - before
+    after = counters._to_stats(counters.recorder()._counters) - before
+    result.stats = dataclasses.replace(after, selection_seconds=0.0, attention_seconds=0.0)

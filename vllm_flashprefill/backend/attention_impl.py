@@ -1,28 +1,36 @@
-"""The part of the attention impl that no vLLM version changes: who runs sparse, and the CPU's sparse path."""
+"""The part of the attention impl that no vLLM version changes: who runs sparse, and how."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.builder import FlashPrefillStep
-from vllm_flashprefill.backend.cpu_attention import sparse_attention_cpu
+from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.backend.layer_routing import layer_dense_reason
+from vllm_flashprefill.backend.stage_times import stage_times
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.counters import recorder
-from vllm_flashprefill.plan import SparseRequest
-from vllm_flashprefill.reference import gather_pages, select_blocks_ref
+from vllm_flashprefill.kernels.workspace import Workspace
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.routing import DenseReason
 
 
 class FlashPrefillImplMixin:
-    """Goes before vLLM's attention impl class; `forward` sends sparse requests to `forward_sparse`.
+    """Goes before vLLM's attention impl class; `forward` sends a step with sparse requests to `forward_sparse`.
 
-    A layer that must be dense, and a step with no sparse request, is vLLM's own `forward`, untouched.
+    A layer that must be dense, and a step with no sparse request, is vLLM's own `forward`, untouched. A version's
+    class says how its cache looks (`paged_kv`), and how it is written where that is done in `forward` (`write_kv`).
+
+    Attributes:
+        dense_forward_writes_kv: whether vLLM's `forward` must be given keys and values, which it then writes again.
     """
+
+    dense_forward_writes_kv = False
+    # Where the kernels' scratch comes from; the CPU's stages allocate theirs.
+    _workspace: Workspace | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
@@ -63,22 +71,6 @@ class FlashPrefillImplMixin:
             return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         return self.forward_sparse(layer, query, key, value, kv_cache, attn_metadata, step, *args, **kwargs)
 
-    def vllm_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The forward of the vLLM class that this mixin goes before."""
-        return super().forward(*args, **kwargs)
-
-    def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: Any) -> DenseReason | None:
-        """Why this layer is always dense, or None. Asked at its first step."""
-        return layer_dense_reason(self, getattr(layer, "layer_name", ""), self.flashprefill_config)
-
-
-class CPUFlashPrefillImplMixin(FlashPrefillImplMixin):
-    """The four stages on the CPU, in PyTorch.
-
-    A version's class says how that vLLM writes the cache (`write_kv`), how its cache looks (`paged_kv`) and how
-    it runs the dense requests (`forward_dense`).
-    """
-
     def forward_sparse(
         self,
         layer: Any,
@@ -89,120 +81,77 @@ class CPUFlashPrefillImplMixin(FlashPrefillImplMixin):
         attn_metadata: Any,
         step: FlashPrefillStep,
         output: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        *scales: torch.Tensor | None,
+        **named_scales: torch.Tensor | None,
     ) -> torch.Tensor:
+        """The sparse requests of a step through `flash_prefill_paged`, its dense ones through vLLM's `forward`.
+
+        Args:
+            query, key, value, output: [tokens or more, heads, D], or [tokens, heads * D], as of vLLM's `forward`; rows
+                of padding, at the end, belong to no request.
+            scales, named_scales: of a quantised output, which vLLM's own attention refuses.
+        """
+        if any(scale is not None for scale in (*scales, *named_scales.values())):
+            return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named_scales)
         q = query.view(-1, self.num_heads, self.head_size)
-        key = key.view(-1, self.num_kv_heads, self.head_size)
-        value = value.view(-1, self.num_kv_heads, self.head_size)
+        key, value = (x.view(-1, self.num_kv_heads, self.head_size) for x in (key, value))
         out = torch.empty_like(q) if output is None else output.view(q.shape)
 
         # The whole batch first: a request may read pages that another request of this step writes.
         self.write_kv(layer, key, value, kv_cache, attn_metadata)
         if step.dense_metadata is not None:
             rows = step.dense_rows
-            out[rows] = self.forward_dense(layer, q[rows], key[rows], value[rows], kv_cache, step.dense_metadata)
-        k_pages, v_pages = self.paged_kv(kv_cache)
-        for request in step.plan.sparse:
-            pages = step.block_table[request.index]
-            out[request.query_slice] = self._attend_request(q[request.query_slice], k_pages, v_pages, pages, request)
+            together = isinstance(rows, slice)
+            part = q[rows]
+            part_out = out[rows] if together else torch.empty_like(part)
+            kv = (key[rows], value[rows]) if self.dense_forward_writes_kv else (None, None)
+            self.forward_dense(layer, part, *kv, kv_cache, step.dense_metadata, part_out)
+            if not together:
+                out[rows] = part_out
+        counts = device_counts(q.device)
+        flash_prefill_paged(
+            q,
+            KeyValues(*self.paged_kv(kv_cache), step.block_table),
+            step.plan,
+            config=self.flashprefill_config,
+            softmax_scale=self.scale,
+            out=out,
+            block_counts=counts.blocks,
+            workspace=self._workspace,
+            mark=stage_times(q.device).next_layer(),
+        )
+        counts.layer_done(step.plan, self.num_heads)
         return out.view(query.shape) if output is None else output
-
-    def _attend_request(
-        self,
-        q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        pages: torch.Tensor,
-        request: SparseRequest,
-    ) -> torch.Tensor:
-        config = self.flashprefill_config
-        started = time.perf_counter()
-        k = gather_pages(k_pages, pages, request.seq_len)
-        mask = select_blocks_ref(
-            q,
-            k,
-            context_len=request.context_len,
-            prompt_len=request.prompt_len,
-            config=config,
-            softmax_scale=self.scale,
-        )
-        selected = time.perf_counter()
-        result = sparse_attention_cpu(
-            q,
-            k,
-            gather_pages(v_pages, pages, request.seq_len),
-            mask,
-            context_len=request.context_len,
-            block_size=config.block_size,
-            softmax_scale=self.scale,
-        )
-        recorder().add_sparse(
-            request.query_len,
-            kept_blocks=int(mask.sum()),
-            visible_blocks=request.visible_blocks * self.num_heads,
-            selection=selected - started,
-            attention=time.perf_counter() - selected,
-        )
-        return result
-
-    def write_kv(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any
-    ) -> None:
-        """Write this step's keys and values, [tokens, G, D] each, into the cache."""
-        raise NotImplementedError
-
-    def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of the cache as [num_pages, page_size, G, D] views."""
-        raise NotImplementedError
 
     def forward_dense(
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         dense_metadata: Any,
-    ) -> torch.Tensor:
-        """vLLM's own attention for the dense requests of a mixed step: [tokens, H, D] to the same shape."""
+        output: torch.Tensor,
+    ) -> None:
+        """vLLM's own attention for the dense requests of a mixed step; query and output are [their tokens, H, D]."""
+        self.vllm_forward(layer, query, key, value, kv_cache, dense_metadata, output)
+
+    def vllm_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The forward of the vLLM class that this mixin goes before."""
+        return super().forward(*args, **kwargs)
+
+    def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: Any) -> DenseReason | None:
+        """Why this layer is always dense, or None. Asked at its first step."""
+        return layer_dense_reason(self, getattr(layer, "layer_name", ""), self.flashprefill_config)
+
+    def write_kv(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any
+    ) -> None:
+        """Write this step's keys and values, [tokens or more, G, D] each, into the cache.
+
+        Nothing where vLLM's layer has, by `do_kv_cache_update`.
+        """
+
+    def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of the cache as [num_pages, page_size, G, D] views."""
         raise NotImplementedError
-
-
-def written_as(
-    write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
-    *,
-    page_size: int,
-    head_size: int,
-    dtype: torch.dtype,
-) -> tuple[str | None, str | None]:
-    """How vLLM's cache write orders a page of one head, found by writing one: vLLM does not say.
-
-    Args:
-        write: called with key and value [page_size, 1, D], caches [1, 1, page_size, D] and slots [page_size].
-
-    Returns:
-        for keys and for values: "tokens" where the page is [page_size, D], "dims" where it is [D, page_size],
-        None where it is something else.
-    """
-    token = torch.arange(page_size)[:, None].expand(page_size, head_size)
-    dim = torch.arange(head_size)[None, :].expand(page_size, head_size)
-    found: list[str | None] = []
-    readings = []
-    # Codes of small integers, which every cache dtype holds exactly.
-    for code in (token % 64, dim % 64, token // 64, dim // 64):
-        rows = code[:, None, :].to(dtype).contiguous()
-        k_cache = torch.full((1, 1, page_size, head_size), -1.0, dtype=dtype)
-        v_cache = k_cache.clone()
-        write(rows, rows.clone(), k_cache, v_cache, torch.arange(page_size))
-        readings.append((k_cache.flatten().long(), v_cache.flatten().long()))
-    for cache in (0, 1):
-        token_low, dim_low, token_high, dim_high = (reading[cache] for reading in readings)
-        position = (token_low + 64 * token_high) * head_size + dim_low + 64 * dim_high
-        if torch.equal(position, torch.arange(page_size * head_size)):
-            found.append("tokens")
-        elif torch.equal(position.view(head_size, page_size).T.flatten(), torch.arange(page_size * head_size)):
-            found.append("dims")
-        else:
-            found.append(None)
-    return found[0], found[1]

@@ -1,4 +1,4 @@
-"""The CUDA impl: a step's sparse requests through the kernels, its dense ones through vLLM's FlashAttention."""
+"""The impl for FlashAttention: the layers that the kernels take, and the scratch that they share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from typing import Any
 
 import torch
 
-from vllm_flashprefill.api import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE, flash_prefill_paged
 from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
-from vllm_flashprefill.backend.builder import FlashPrefillStep
-from vllm_flashprefill.backend.device_counts import device_counts
 from vllm_flashprefill.backend.layer_routing import impl_dense_reason
-from vllm_flashprefill.backend.stage_times import stage_times
+from vllm_flashprefill.checks import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.kernels.workspace import scratch_bytes, shared_workspace
 from vllm_flashprefill.routing import DenseReason
 
@@ -19,13 +16,9 @@ from vllm_flashprefill.routing import DenseReason
 class FlashAttnImplMixin(FlashPrefillImplMixin):
     """Goes before a version's FlashAttentionImpl.
 
-    A version's class says how that vLLM writes the cache (`write_kv`) and how its cache looks (`paged_kv`).
-
     Attributes:
-        dense_forward_writes_kv: whether vLLM's `forward` must be given keys and values, which it then writes again.
+        may_be_sparse: whether the kernels take this layer, as far as is known before it has a cache.
     """
-
-    dense_forward_writes_kv = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
@@ -62,66 +55,3 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
         if k_cache.shape[1] % PAGE_SIZE_MULTIPLE or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
             return DenseReason.KV_CACHE_LAYOUT
         return None
-
-    def forward_sparse(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        step: FlashPrefillStep,
-        output: torch.Tensor | None = None,
-        *scales: torch.Tensor | None,
-        **named_scales: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if output is None or any(scale is not None for scale in (*scales, *named_scales.values())):
-            # No output, or a quantised one: vLLM's FlashAttention takes neither and says so.
-            return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named_scales)
-
-        # The whole batch first: a request may read pages that another request of this step writes.
-        self.write_kv(layer, key, value, kv_cache, attn_metadata)
-        if step.dense_metadata is not None:
-            self._forward_dense(layer, query, key, value, kv_cache, step, output)
-        k_cache, v_cache = self.paged_kv(kv_cache)
-        counts = device_counts(query.device)
-        # Rows of padding, at the end of query and output, belong to no request.
-        flash_prefill_paged(
-            query,
-            k_cache,
-            v_cache,
-            step.block_table,
-            step.plan,
-            config=self.flashprefill_config,
-            softmax_scale=self.scale,
-            out=output,
-            block_counts=counts.blocks,
-            workspace=self._workspace,
-            mark=stage_times(query.device).next_layer(),
-        )
-        counts.layer_done(step.plan, self.num_heads)
-        return output
-
-    def _forward_dense(self, layer, query, key, value, kv_cache, step: FlashPrefillStep, output) -> None:
-        rows = step.dense_rows
-        if self.dense_forward_writes_kv:
-            key, value = key[rows], value[rows]
-        else:
-            key = value = None
-        part = query[rows]
-        together = isinstance(rows, slice)
-        part_output = output[rows] if together else torch.empty_like(part)
-        self.vllm_forward(layer, part, key, value, kv_cache, step.dense_metadata, part_output)
-        if not together:
-            output[rows] = part_output
-
-    def write_kv(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any
-    ) -> None:
-        """Write this step's keys and values, [tokens or more, G, D] each, into the cache."""
-        raise NotImplementedError
-
-    def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of the cache as [num_pages, page_size, G, D] views."""
-        raise NotImplementedError

@@ -1,13 +1,14 @@
-"""Seconds of selection and attention on the GPU, from one sparse layer in many and without waiting for any.
+"""Seconds of selection and attention: of every sparse layer on the CPU, on a GPU from one in many and without waiting.
 
-A layer whose turn it is records CUDA events between its stages. A later layer reads them, once they are done, and has
-them stand for all layers since the turn before.
+On a GPU a layer whose turn it is records CUDA events between its stages. A later layer reads them, once they are done,
+and has them stand for all layers since the turn before.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ LAYERS_PER_TURN = 127
 
 
 class StageTimes:
-    """The times of one device. Its layers run one after another, and none of them while a graph is captured.
+    """The times of one GPU. Its layers run one after another, and none of them while a graph is captured.
 
     Args:
         make_event: a new timing event as of ``torch.cuda.Event``.
@@ -59,14 +60,35 @@ class StageTimes:
         scale = self._layers_timed / 1000
         seconds = [scale * start.elapsed_time(end) for start, end in itertools.pairwise(events)]
         if seconds:
-            recorder().add_sparse(
-                0, kept_blocks=0, visible_blocks=0, selection=sum(seconds[::2]), attention=sum(seconds[1::2])
-            )
+            _record(sum(seconds[::2]), sum(seconds[1::2]))
         self._num_recorded = 0
         return True
 
 
+class HostStageTimes:
+    """The times of the CPU, where a stage is over when the next begins."""
+
+    def next_layer(self) -> Callable[[], None]:
+        """What the next sparse layer calls, as of `StageTimes`."""
+        times: list[float] = []
+
+        def mark() -> None:
+            times.append(time.perf_counter())
+            if len(times) == 3:
+                start, selected, attended = times
+                _record(selected - start, attended - selected)
+                del times[:2]
+
+        return mark
+
+
+def _record(selection: float, attention: float) -> None:
+    recorder().add_sparse(0, kept_blocks=0, visible_blocks=0, selection=selection, attention=attention)
+
+
 @functools.cache
-def stage_times(device: torch.device) -> StageTimes:
-    """The times of a GPU."""
+def stage_times(device: torch.device) -> StageTimes | HostStageTimes:
+    """The times of a device."""
+    if device.type == "cpu":
+        return HostStageTimes()
     return StageTimes(functools.partial(torch.cuda.Event, enable_timing=True))

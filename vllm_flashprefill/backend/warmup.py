@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from vllm_flashprefill.api import DTYPES, PAGE_SIZE_MULTIPLE, flash_prefill_paged
+from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
+from vllm_flashprefill.checks import DTYPES, PAGE_SIZE_MULTIPLE
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import SparseRequest, StepPlan
 
 logger = logging.getLogger("vllm.flashprefill")
@@ -47,8 +49,7 @@ def compile_kernels(
         q = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
         flash_prefill_paged(
             q,
-            *impl.paged_kv(cache),
-            torch.arange(num_pages, dtype=torch.int32, device=device)[None],
+            KeyValues(*impl.paged_kv(cache), torch.arange(num_pages, dtype=torch.int32, device=device)[None]),
             StepPlan((SparseRequest(0, 0, length, 0, length),), np.empty(0, dtype=np.int64), {}),
             config=config,
             softmax_scale=impl.scale,

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
-from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels import columns
+from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule
+from vllm_flashprefill.key_values import KeyValues
 
 # Means are kept in float16 whatever the keys are: 8 times finer than bfloat16, and a mean key beyond its range
 # (65504) is no real model's; such a value is clamped.
@@ -36,20 +38,20 @@ def _block_mean_kernel(
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
-    request_ptr = requests_ptr + tl.program_id(2) * 8
-    seq_len = tl.load(request_ptr + 2) + tl.load(request_ptr + 3)
+    request_ptr = requests_ptr + tl.program_id(2) * columns.REQUEST_COLUMNS
+    seq_len = tl.load(request_ptr + columns.QUERY_LEN) + tl.load(request_ptr + columns.CONTEXT_LEN)
     if block * BLOCK >= seq_len:
         return
 
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     mask_tokens = tokens < seq_len
     if PAGE_SIZE > 0:
-        table_row = tl.load(request_ptr + 5).to(tl.int64)
+        table_row = tl.load(request_ptr + columns.TABLE_ROW).to(tl.int64)
         pages = tl.load(block_table_ptr + table_row * stride_table + tokens // PAGE_SIZE, mask=mask_tokens, other=0)
         offs_tokens = pages.to(tl.int64) * stride_kp + (tokens % PAGE_SIZE).to(tl.int64) * stride_kt
     else:
-        batch = tl.load(request_ptr).to(tl.int64)
-        offs_tokens = batch * stride_kp + (tl.load(request_ptr + 4) + tokens).to(tl.int64) * stride_kt
+        batch = tl.load(request_ptr + columns.BATCH).to(tl.int64)
+        offs_tokens = batch * stride_kp + (tl.load(request_ptr + columns.KV_START) + tokens).to(tl.int64) * stride_kt
     offs_dim = tl.arange(0, HEAD_SIZE)
     # [BLOCK, HEAD_SIZE]
     k_ptrs = k_ptr + offs_tokens[:, None] + kv_head.to(tl.int64) * stride_kg + offs_dim[None, :]
@@ -60,50 +62,35 @@ def _block_mean_kernel(
     mean = tl.sum(k.to(tl.float32), axis=0) / tl.minimum(seq_len - block * BLOCK, BLOCK)
     mean *= load_scale(k_scale_ptr, kv_head, stride_k_scale)
     mean = tl.minimum(tl.maximum(mean, -65504.0), 65504.0)
-    row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6) + block
+    row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START) + block
     tl.store(mean_ptr + row * HEAD_SIZE + offs_dim, mean.to(mean_ptr.dtype.element_ty))
 
 
-def block_mean(
-    k: torch.Tensor,
-    schedule: Schedule,
-    block_table: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    *,
-    k_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The mean key of each block of each scheduled sequence.
-
-    Args:
-        k: [batch, tokens, G, D], or with a block table the cache [num_pages, page_size, G, D]; any strides but
-            the last, which is 1. e4m3 if its dtype is that or uint8.
-        block_table: [rows, max pages] int32.
-        k_scale: float32 of one element or [G], what e4m3 keys are multiplied by; 1 if None.
+def block_mean(kv: KeyValues, schedule: Schedule, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean key of each block of each scheduled request.
 
     Returns:
-        [G, schedule.num_mean_rows, D] in float16.
+        out, [G, schedule.num_mean_rows, D] in float16, made if None.
     """
-    k = e4m3_codes(k)
-    num_kv_heads, head_size = k.shape[2:]
+    k, _ = kv.codes()
+    head_size = k.shape[3]
     if out is None:
-        out = k.new_empty((num_kv_heads, schedule.num_mean_rows, head_size), dtype=MEAN_DTYPE)
-    grid = (schedule.max_key_blocks, num_kv_heads, len(schedule.requests))
+        out = k.new_empty((kv.num_heads, schedule.num_mean_rows, head_size), dtype=MEAN_DTYPE)
+    grid = (schedule.max_key_blocks, kv.num_heads, len(schedule.requests))
     _block_mean_kernel[grid](
         k,
         out,
-        block_table,
+        kv.block_table,
         schedule.requests,
-        k_scale,
-        k.stride(0),
-        k.stride(1),
-        k.stride(2),
-        0 if block_table is None else block_table.stride(0),
-        scale_stride(k_scale),
+        kv.k_scale,
+        *k.stride()[:3],
+        kv.table_stride,
+        scale_stride(kv.k_scale),
         out.shape[1],
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
-        PAGE_SIZE=0 if block_table is None else k.shape[1],
-        FP8=k.dtype == torch.uint8,
+        PAGE_SIZE=kv.page_size,
+        FP8=kv.fp8,
         FP8_NATIVE=has_e4m3_instruction(k.device),
         num_warps=4,
     )

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
+from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
@@ -92,13 +93,15 @@ def _block_select_kernel(
             tl.atomic_add(block_counts_ptr + 1, num_visible, sem="relaxed")
     for work in range(program, num_work, tl.num_programs(0)):
         head = work % NUM_HEADS
-        item_ptr = items_ptr + (first_item + work // NUM_HEADS) * 3
-        request_ptr = requests_ptr + tl.load(item_ptr) * 8
-        query_block = tl.load(item_ptr + 1)
-        list_start = tl.load(item_ptr + 2).to(tl.int64) * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
-        query_len = tl.load(request_ptr + 2)
-        context_len = tl.load(request_ptr + 3)
-        keep_all = (query_block >= tl.load(request_ptr + 7)) | (query_block < NUM_SINK_BLOCKS + NUM_WINDOW_BLOCKS)
+        item_ptr = items_ptr + (first_item + work // NUM_HEADS) * columns.ITEM_COLUMNS
+        request_ptr = requests_ptr + tl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
+        query_block = tl.load(item_ptr + columns.QUERY_BLOCK)
+        list_slot = tl.load(item_ptr + columns.LIST_SLOT).to(tl.int64)
+        list_start = list_slot * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
+        query_len = tl.load(request_ptr + columns.QUERY_LEN)
+        context_len = tl.load(request_ptr + columns.CONTEXT_LEN)
+        keep_all = query_block >= tl.load(request_ptr + columns.FIRST_TAIL_BLOCK)
+        keep_all = keep_all | (query_block < NUM_SINK_BLOCKS + NUM_WINDOW_BLOCKS)
         keep_all = keep_all | (log2_limit == float("-inf"))
 
         # [BLOCK_N]
@@ -107,9 +110,10 @@ def _block_select_kernel(
             # A row outside the chunk repeats the nearest row inside it, and is left out of the sum.
             rows = query_block * BLOCK + tl.arange(0, BLOCK) - context_len
             mask_rows = (rows >= 0) & (rows < query_len)
-            offs_rows = tl.load(request_ptr + 1) + tl.minimum(tl.maximum(rows, 0), query_len - 1)
-            q_start_ptr = q_ptr + tl.load(request_ptr).to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-            mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + 6)
+            offs_rows = tl.load(request_ptr + columns.QUERY_START) + tl.minimum(tl.maximum(rows, 0), query_len - 1)
+            batch = tl.load(request_ptr + columns.BATCH).to(tl.int64)
+            q_start_ptr = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
+            mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START)
             # [BLOCK_N, HEAD_SIZE]
             mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
             q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
@@ -233,9 +237,7 @@ def block_select(
         slab.list_slots * num_heads,
         softmax_scale * LOG2_E,
         math.log2(config.limit) if config.limit > 0 else -math.inf,
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
+        *q.stride()[:3],
         mean.shape[1],
         scores.stride(0),
         NUM_HEADS=num_heads,

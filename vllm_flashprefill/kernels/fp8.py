@@ -31,11 +31,6 @@ def load_scale(scale_ptr, kv_head, stride_scale):
         return tl.load(scale_ptr + kv_head * stride_scale)
 
 
-def e4m3_codes(x: torch.Tensor) -> torch.Tensor:
-    """A cache in e4m3 as its codes, any other as it is."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
-
-
 def has_e4m3_instruction(device: torch.device) -> bool:
     return generation(device) != "ampere"
 

@@ -12,34 +12,27 @@ from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.workspace import Workspace
+from vllm_flashprefill.key_values import KeyValues
 
 
 def run_stages(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    kv: KeyValues,
     schedule: Schedule,
     *,
     config: FlashPrefillConfig,
     softmax_scale: float,
     out: torch.Tensor,
-    block_table: torch.Tensor | None = None,
     block_counts: torch.Tensor | None = None,
     workspace: Workspace | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
     mark: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Pool, score, select and attend for the scheduled sequences.
+    """Pool, score, select and attend for the scheduled requests.
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D]. e4m3 if their
-            dtype is that or uint8.
-        block_table: [rows, max pages] int32.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
         workspace: where scratch comes from; allocated for this call if None.
-        k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
         mark: called before the first stage, and after each selection and each attention, which take turns.
 
     Returns:
@@ -49,8 +42,8 @@ def run_stages(
     workspace.rewind()
     if mark is not None:
         mark()
-    mean = workspace.empty((k.shape[2], schedule.num_mean_rows, k.shape[3]), MEAN_DTYPE)
-    block_mean(k, schedule, block_table, k_scale=k_scale, out=mean)
+    mean = workspace.empty((kv.num_heads, schedule.num_mean_rows, q.shape[3]), MEAN_DTYPE)
+    block_mean(kv, schedule, mean)
     scores = score_scratch(q, schedule, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
     for slab in schedule.slabs:
@@ -68,20 +61,7 @@ def run_stages(
         )
         if mark is not None:
             mark()
-        sparse_attention(
-            q,
-            k,
-            v,
-            schedule,
-            slab,
-            lists=lists,
-            counts=counts,
-            softmax_scale=softmax_scale,
-            out=out,
-            block_table=block_table,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+        sparse_attention(q, kv, schedule, slab, lists=lists, counts=counts, softmax_scale=softmax_scale, out=out)
         if mark is not None:
             mark()
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -10,26 +9,17 @@ import triton
 import triton.language as tl
 
 from vllm_flashprefill.config import BLOCK_SIZE
-from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs, num_multiprocessors
-from vllm_flashprefill.kernels.fp8 import e4m3_codes, from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels import columns
+from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
+from vllm_flashprefill.kernels.descriptors import Matrix, TensorDescriptor, as_matrix
+from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
+from vllm_flashprefill.key_values import KeyValues
 
 try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4
-    TensorDescriptor = None
-
-try:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-    from vllm_flashprefill.kernels.sparse_attention_hopper import (
-        PANEL,
-        _sparse_attention_hopper_kernel,
-        box_rows,
-        tile_layout,
-    )
+    from vllm_flashprefill.kernels import sparse_attention_hopper as hopper
 except ImportError:  # Triton before 3.5
-    _sparse_attention_hopper_kernel = None
+    hopper = None
 
 LOG2_E = math.log2(math.e)
 
@@ -117,19 +107,19 @@ def _sparse_attention_kernel(
             work += num_dense + within // GROUP * NUM_HEADS
     head = work % NUM_HEADS
     kv_head = head // GROUP
-    item_ptr = items_ptr + (first_item + work // NUM_HEADS) * 3
-    request_ptr = requests_ptr + tl.load(item_ptr) * 8
-    query_block = tl.load(item_ptr + 1)
-    list_start = tl.load(item_ptr + 2).to(tl.int64) * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
-    list_ptr = lists_ptr + list_start
+    item_ptr = items_ptr + (first_item + work // NUM_HEADS) * columns.ITEM_COLUMNS
+    request_ptr = requests_ptr + tl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
+    query_block = tl.load(item_ptr + columns.QUERY_BLOCK)
+    list_slot = tl.load(item_ptr + columns.LIST_SLOT).to(tl.int64)
+    list_ptr = lists_ptr + (list_slot * NUM_HEADS + head.to(tl.int64) * (query_block + 1))
     count = tl.load(counts_ptr + work)
-    batch = tl.load(request_ptr)
-    query_len = tl.load(request_ptr + 2)
-    context_len = tl.load(request_ptr + 3)
-    kv_start = tl.load(request_ptr + 4)
+    batch = tl.load(request_ptr + columns.BATCH)
+    query_len = tl.load(request_ptr + columns.QUERY_LEN)
+    context_len = tl.load(request_ptr + columns.CONTEXT_LEN)
+    kv_start = tl.load(request_ptr + columns.KV_START)
     seq_len = context_len + query_len
     if PAGE_SIZE > 0:
-        table_row_ptr = block_table_ptr + tl.load(request_ptr + 5).to(tl.int64) * stride_table
+        table_row_ptr = block_table_ptr + tl.load(request_ptr + columns.TABLE_ROW).to(tl.int64) * stride_table
         k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_kg
         v_head_ptr = v_ptr + kv_head.to(tl.int64) * stride_vg
     else:
@@ -142,7 +132,7 @@ def _sparse_attention_kernel(
     offs_dim = tl.arange(0, HEAD_SIZE)
     rows = query_block * BLOCK + offs_m - context_len
     mask_rows = (rows >= 0) & (rows < query_len)
-    offs_rows = (tl.load(request_ptr + 1) + rows).to(tl.int64)
+    offs_rows = (tl.load(request_ptr + columns.QUERY_START) + rows).to(tl.int64)
     # [BLOCK, HEAD_SIZE]
     q_ptrs = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_ptrs = q_ptrs + offs_rows[:, None] * stride_qt + offs_dim[None, :]
@@ -210,8 +200,7 @@ def _sparse_attention_kernel(
 
 def sparse_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    kv: KeyValues,
     schedule: Schedule,
     slab: Slab,
     *,
@@ -219,33 +208,35 @@ def sparse_attention(
     counts: torch.Tensor,
     softmax_scale: float,
     out: torch.Tensor,
-    block_table: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
     launch: AttentionConfig | None = None,
 ) -> None:
     """Attention of a slab's query blocks over the blocks in their lists.
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        k, v: [batch, tokens, G, D], or with a block table the caches [num_pages, page_size, G, D]. e4m3 if their
-            dtype is that or uint8; then the products are in float16, to whose range q is clamped.
+        kv: with e4m3 the products are in float16, to whose range q is clamped.
         lists, counts: from `block_select`.
-        block_table: [rows, max pages] int32.
-        k_scale, v_scale: float32 of one element or [G], what e4m3 keys and values are multiplied by; 1 if None.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
-    k, v = e4m3_codes(k), e4m3_codes(v)
-    fp8 = k.dtype == torch.uint8
+    k, v = kv.codes()
     num_heads, head_size = q.shape[2:]
-    page_size = 0 if block_table is None else k.shape[1]
-    matrix = _as_matrix(k) if k.stride() == v.stride() and _as_matrix(v) else None
+    matrix = as_matrix(k) if k.stride() == v.stride() and as_matrix(v) else None
     choices = (launch,) if launch else attention_configs(q.device, head_size)
-    q_matrix = _as_matrix(q)
-    launch = next((c for c in choices if _fits(c, q_matrix, matrix, head_size, page_size, fp8)), choices[-1])
+    q_matrix = as_matrix(q)
+    launch = next((c for c in choices if _fits(c, q_matrix, matrix, kv, head_size)), choices[-1])
     if launch.gluon:
-        _launch_hopper(
-            q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, q_matrix, matrix
+        hopper.sparse_attention_hopper(
+            q,
+            kv,
+            schedule,
+            slab,
+            lists=lists,
+            counts=counts,
+            softmax_scale=softmax_scale,
+            out=out,
+            q_matrix=q_matrix,
+            matrix=matrix,
+            num_warps=launch.num_warps,
         )
         return
     use_tma = launch.tma
@@ -257,39 +248,31 @@ def sparse_attention(
         out,
         TensorDescriptor(k, matrix.shape, matrix.strides, tile) if use_tma else None,
         TensorDescriptor(v, matrix.shape, matrix.strides, tile) if use_tma else None,
-        block_table,
+        kv.block_table,
         schedule.requests,
         schedule.items,
         lists,
         counts,
-        k_scale,
-        v_scale,
+        kv.k_scale,
+        kv.v_scale,
         slab.first_item,
         slab.num_dense_items,
         matrix.rows_per_batch if use_tma else 0,
         softmax_scale * LOG2_E,
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
-        k.stride(0),
-        k.stride(1),
-        k.stride(2),
-        v.stride(0),
-        v.stride(1),
-        v.stride(2),
-        0 if block_table is None else block_table.stride(0),
-        scale_stride(k_scale),
-        scale_stride(v_scale),
+        *q.stride()[:3],
+        *out.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        kv.table_stride,
+        scale_stride(kv.k_scale),
+        scale_stride(kv.v_scale),
         NUM_HEADS=num_heads,
-        GROUP=num_heads // k.shape[2],
+        GROUP=num_heads // kv.num_heads,
         HEAD_SIZE=head_size,
         BLOCK=BLOCK_SIZE,
         BLOCK_N=launch.block_n,
-        PAGE_SIZE=page_size,
-        FP8=fp8,
+        PAGE_SIZE=kv.page_size,
+        FP8=kv.fp8,
         FP8_NATIVE=has_e4m3_instruction(q.device),
         USE_TMA=use_tma,
         BY_HEAD=launch.by_head,
@@ -298,93 +281,8 @@ def sparse_attention(
     )
 
 
-def _launch_hopper(
-    q, k, v, schedule, slab, lists, counts, softmax_scale, out, block_table, page_size, launch, q_matrix, matrix
-) -> None:
-    num_heads, head_size = q.shape[2:]
-    num_pairs = slab.num_items * num_heads
-    layout = tile_layout(k.element_size())
-    box = box_rows(page_size, BLOCK_SIZE)
-    _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
-        out,
-        # A warpgroup's half of a query block.
-        GluonDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
-        GluonDescriptor(k, matrix.shape, matrix.strides, [box, PANEL], layout),
-        GluonDescriptor(v, matrix.shape, matrix.strides, [box, PANEL], layout),
-        block_table,
-        schedule.requests,
-        schedule.items,
-        lists,
-        counts,
-        schedule.next_pair,
-        slab.first_item,
-        slab.num_dense_items,
-        num_pairs,
-        q_matrix.rows_per_batch,
-        q_matrix.rows_per_head,
-        matrix.rows_per_batch,
-        matrix.rows_per_head,
-        softmax_scale * LOG2_E,
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
-        0 if block_table is None else block_table.stride(0),
-        NUM_HEADS=num_heads,
-        GROUP=num_heads // k.shape[2],
-        HEAD_SIZE=head_size,
-        BLOCK=BLOCK_SIZE,
-        BOX=box,
-        PAGE_SIZE=page_size,
-        Q_COLUMNS=q_matrix.columns_per_head,
-        KV_COLUMNS=matrix.columns_per_head,
-        num_warps=launch.num_warps,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """[a, b, heads, D] as a matrix that a tensor descriptor can describe.
-
-    Element [i, j, h, d] lies in row i * rows_per_batch + h * rows_per_head + j, column h * columns_per_head + d.
-    """
-
-    shape: list[int]
-    strides: list[int]
-    rows_per_batch: int
-    rows_per_head: int
-    columns_per_head: int
-
-
-def _as_matrix(x: torch.Tensor) -> _Matrix | None:
-    """x as a matrix, heads beside each other in a row or one below the other; None where its strides allow neither."""
-    a, b, num_heads, head_size = x.shape
-    batch_stride, row_stride, head_stride, _ = x.stride()
-    if TensorDescriptor is None or x.data_ptr() % 16 or row_stride * x.element_size() % 16 or row_stride < head_size:
-        return None
-    batch_stride = batch_stride if a > 1 else b * row_stride
-    if batch_stride % row_stride:
-        return None
-    rows_per_batch = batch_stride // row_stride
-    if num_heads == 1 or head_stride == head_size:
-        rows_per_head, columns_per_head = 0, head_size
-    elif head_stride % row_stride == 0:
-        rows_per_head, columns_per_head = head_stride // row_stride, 0
-    else:
-        return None
-    rows = (a - 1) * rows_per_batch + (num_heads - 1) * rows_per_head + b
-    columns = (num_heads - 1) * columns_per_head + head_size
-    if rows >= 2**31 or columns > row_stride:
-        return None
-    return _Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)
-
-
 def _fits(
-    launch: AttentionConfig,
-    q_matrix: _Matrix | None,
-    matrix: _Matrix | None,
-    head_size: int,
-    page_size: int,
-    fp8: bool,
+    launch: AttentionConfig, q_matrix: Matrix | None, matrix: Matrix | None, kv: KeyValues, head_size: int
 ) -> bool:
     """Whether a configuration can take these strides, pages and keys."""
     if not launch.tma:
@@ -392,8 +290,8 @@ def _fits(
     if matrix is None:
         return False
     if launch.gluon:
-        return not fp8 and _sparse_attention_hopper_kernel is not None and q_matrix is not None
-    if page_size % launch.block_n:
+        return not kv.fp8 and hopper is not None and q_matrix is not None
+    if kv.page_size % launch.block_n:
         return False
     # Heads beside each other: neither one below the other nor one for all.
     return matrix.columns_per_head == head_size

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from vllm_flashprefill.config import BLOCK_SIZE
+from vllm_flashprefill.kernels import columns
+from vllm_flashprefill.kernels.configs import num_multiprocessors
+from vllm_flashprefill.kernels.descriptors import Matrix
+from vllm_flashprefill.kernels.schedule import Schedule, Slab
+from vllm_flashprefill.key_values import KeyValues
+
+LOG2_E = math.log2(math.e)
 
 # Triton 3.5 takes the default partition, the workers and their arguments apart.
 _TRITON_3_5 = gl.constexpr("default_partition" in inspect.signature(gl.warp_specialize).parameters)
@@ -116,22 +127,23 @@ def _producer(
         head = pair % NUM_HEADS
         kv_head = head // GROUP
         column = kv_head * KV_COLUMNS
-        item_ptr = items_ptr + (first_item + pair // NUM_HEADS) * 3
-        request_ptr = requests_ptr + gl.load(item_ptr) * 8
-        query_block = gl.load(item_ptr + 1)
-        list_ptr = lists_ptr + gl.load(item_ptr + 2).to(gl.int64) * NUM_HEADS + head.to(gl.int64) * (query_block + 1)
+        item_ptr = items_ptr + (first_item + pair // NUM_HEADS) * columns.ITEM_COLUMNS
+        request_ptr = requests_ptr + gl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
+        query_block = gl.load(item_ptr + columns.QUERY_BLOCK)
+        list_slot = gl.load(item_ptr + columns.LIST_SLOT).to(gl.int64)
+        list_ptr = lists_ptr + list_slot * NUM_HEADS + head.to(gl.int64) * (query_block + 1)
         count = gl.load(counts_ptr + pair)
-        batch = gl.load(request_ptr)
+        batch = gl.load(request_ptr + columns.BATCH)
         table_row_ptr = block_table_ptr
         first_row = kv_head * kv_rows_per_head
         if PAGE_SIZE > 0:
-            table_row_ptr += gl.load(request_ptr + 5).to(gl.int64) * stride_table
+            table_row_ptr += gl.load(request_ptr + columns.TABLE_ROW).to(gl.int64) * stride_table
         else:
-            first_row += batch * kv_rows_per_batch + gl.load(request_ptr + 4)
-        context_len = gl.load(request_ptr + 3)
-        seq_len = context_len + gl.load(request_ptr + 2)
+            first_row += batch * kv_rows_per_batch + gl.load(request_ptr + columns.KV_START)
+        context_len = gl.load(request_ptr + columns.CONTEXT_LEN)
+        seq_len = context_len + gl.load(request_ptr + columns.QUERY_LEN)
         # May lie before or past the chunk's rows: what is loaded there is never stored.
-        q_row = batch * q_rows_per_batch + head * q_rows_per_head + gl.load(request_ptr + 1)
+        q_row = batch * q_rows_per_batch + head * q_rows_per_head + gl.load(request_ptr + columns.QUERY_START)
         q_row += query_block * BLOCK - context_len
 
         mbarrier.wait(q_free, (done + 1) & 1)
@@ -201,11 +213,11 @@ def _consumer(
     mbarrier.wait(q_ready, 0)
     pair = gl.sum(pair_buffer.load(one), axis=0)
     while pair >= 0:
-        item_ptr = items_ptr + (first_item + pair // NUM_HEADS) * 3
-        request_ptr = requests_ptr + gl.load(item_ptr) * 8
-        query_block = gl.load(item_ptr + 1)
+        item_ptr = items_ptr + (first_item + pair // NUM_HEADS) * columns.ITEM_COLUMNS
+        request_ptr = requests_ptr + gl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
+        query_block = gl.load(item_ptr + columns.QUERY_BLOCK)
         count = gl.load(counts_ptr + pair)
-        seq_len = gl.load(request_ptr + 2) + gl.load(request_ptr + 3)
+        seq_len = gl.load(request_ptr + columns.QUERY_LEN) + gl.load(request_ptr + columns.CONTEXT_LEN)
 
         # The query's own block, causal.
         slot = step % STAGES
@@ -266,12 +278,13 @@ def _consumer(
         step += 1
         acc = acc * gl.convert_layout(1.0 / row_sum, acc_row_layout)[:, None]
         out = gl.convert_layout(acc.to(dtype), io_layout)
-        query_len = gl.load(request_ptr + 2)
-        rows = query_block * BLOCK + HALF * ROWS - gl.load(request_ptr + 3)
+        query_len = gl.load(request_ptr + columns.QUERY_LEN)
+        rows = query_block * BLOCK + HALF * ROWS - gl.load(request_ptr + columns.CONTEXT_LEN)
         rows += gl.arange(0, ROWS, layout=gl.SliceLayout(1, io_layout))
-        offs_rows = (gl.load(request_ptr + 1) + rows).to(gl.int64)
+        offs_rows = (gl.load(request_ptr + columns.QUERY_START) + rows).to(gl.int64)
         offs_dim = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, io_layout))
-        out_ptrs = out_ptr + gl.load(request_ptr).to(gl.int64) * stride_ob + (pair % NUM_HEADS).to(gl.int64) * stride_oh
+        batch = gl.load(request_ptr + columns.BATCH).to(gl.int64)
+        out_ptrs = out_ptr + batch * stride_ob + (pair % NUM_HEADS).to(gl.int64) * stride_oh
         out_ptrs = out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :]
         gl.store(out_ptrs, out, mask=((rows >= 0) & (rows < query_len))[:, None])
 
@@ -380,3 +393,56 @@ def _sparse_attention_hopper_kernel(
             [4, 1], [240, 24],
         )
     # fmt: on
+
+
+def sparse_attention_hopper(
+    q: torch.Tensor,
+    kv: KeyValues,
+    schedule: Schedule,
+    slab: Slab,
+    *,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    softmax_scale: float,
+    out: torch.Tensor,
+    q_matrix: Matrix,
+    matrix: Matrix,
+    num_warps: int,
+) -> None:
+    """`sparse_attention` by this kernel. q_matrix, matrix: how q, and k and v alike, lie as matrices."""
+    num_heads, head_size = q.shape[2:]
+    num_pairs = slab.num_items * num_heads
+    layout = tile_layout(kv.k.element_size())
+    box = box_rows(kv.page_size, BLOCK_SIZE)
+    _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
+        out,
+        # A warpgroup's half of a query block.
+        TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
+        TensorDescriptor(kv.k, matrix.shape, matrix.strides, [box, PANEL], layout),
+        TensorDescriptor(kv.v, matrix.shape, matrix.strides, [box, PANEL], layout),
+        kv.block_table,
+        schedule.requests,
+        schedule.items,
+        lists,
+        counts,
+        schedule.next_pair,
+        slab.first_item,
+        slab.num_dense_items,
+        num_pairs,
+        q_matrix.rows_per_batch,
+        q_matrix.rows_per_head,
+        matrix.rows_per_batch,
+        matrix.rows_per_head,
+        softmax_scale * LOG2_E,
+        *out.stride()[:3],
+        kv.table_stride,
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // kv.num_heads,
+        HEAD_SIZE=head_size,
+        BLOCK=BLOCK_SIZE,
+        BOX=box,
+        PAGE_SIZE=kv.page_size,
+        Q_COLUMNS=q_matrix.columns_per_head,
+        KV_COLUMNS=matrix.columns_per_head,
+        num_warps=num_warps,
+    )

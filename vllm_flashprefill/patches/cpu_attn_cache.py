@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
 
-from vllm_flashprefill.backend.attention_impl import CPUFlashPrefillImplMixin, written_as
+from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
+from vllm_flashprefill.checks import PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.routing import DenseReason
 
 
-class CPUAttnCacheImplMixin(CPUFlashPrefillImplMixin):
+class CPUAttnCacheImplMixin(FlashPrefillImplMixin):
     """Goes before a version's CPUAttentionBackendImpl, whose class says how keys and values lie in the cache."""
 
     def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: Any) -> DenseReason | None:
@@ -25,7 +27,9 @@ class CPUAttnCacheImplMixin(CPUFlashPrefillImplMixin):
         isa = getattr(attn_metadata, "isa", None) or self.isa
         page_size = self.split_kv(kv_cache)[0].shape[2]
         self._layouts = _layouts(isa, page_size, self.head_size, kv_cache.dtype)
-        return DenseReason.KV_CACHE_LAYOUT if None in self._layouts else None
+        if page_size % PAGE_SIZE_MULTIPLE or None in self._layouts:
+            return DenseReason.KV_CACHE_LAYOUT
+        return None
 
     def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [num_pages, G, page_size, D] each."""
@@ -34,11 +38,6 @@ class CPUAttnCacheImplMixin(CPUFlashPrefillImplMixin):
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = (_by_token(cache, layout) for cache, layout in zip(self.split_kv(kv_cache), self._layouts, strict=True))
         return k, v
-
-    def forward_dense(self, layer, query, key, value, kv_cache, dense_metadata) -> torch.Tensor:
-        # Without keys and values vLLM leaves the cache, already written, as it is.
-        output = torch.empty_like(query)
-        return self.vllm_forward(layer, query, None, None, kv_cache, dense_metadata, output)
 
 
 def _by_token(cache: torch.Tensor, layout: str) -> torch.Tensor:
@@ -58,3 +57,42 @@ def _layouts(isa: str, page_size: int, head_size: int, dtype: torch.dtype) -> tu
         ops.cpu_attn_reshape_and_cache(key, value, k_cache, v_cache, slots, isa, **scales)
 
     return written_as(write, page_size=page_size, head_size=head_size, dtype=dtype)
+
+
+def written_as(
+    write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
+    *,
+    page_size: int,
+    head_size: int,
+    dtype: torch.dtype,
+) -> tuple[str | None, str | None]:
+    """How vLLM's cache write orders a page of one head, found by writing one: vLLM does not say.
+
+    Args:
+        write: called with key and value [page_size, 1, D], caches [1, 1, page_size, D] and slots [page_size].
+
+    Returns:
+        for keys and for values: "tokens" where the page is [page_size, D], "dims" where it is [D, page_size],
+        None where it is something else.
+    """
+    token = torch.arange(page_size)[:, None].expand(page_size, head_size)
+    dim = torch.arange(head_size)[None, :].expand(page_size, head_size)
+    found: list[str | None] = []
+    readings = []
+    # Codes of small integers, which every cache dtype holds exactly.
+    for code in (token % 64, dim % 64, token // 64, dim // 64):
+        rows = code[:, None, :].to(dtype).contiguous()
+        k_cache = torch.full((1, 1, page_size, head_size), -1.0, dtype=dtype)
+        v_cache = k_cache.clone()
+        write(rows, rows.clone(), k_cache, v_cache, torch.arange(page_size))
+        readings.append((k_cache.flatten().long(), v_cache.flatten().long()))
+    for cache in (0, 1):
+        token_low, dim_low, token_high, dim_high = (reading[cache] for reading in readings)
+        position = (token_low + 64 * token_high) * head_size + dim_low + 64 * dim_high
+        if torch.equal(position, torch.arange(page_size * head_size)):
+            found.append("tokens")
+        elif torch.equal(position.view(head_size, page_size).T.flatten(), torch.arange(page_size * head_size)):
+            found.append("dims")
+        else:
+            found.append(None)
+    return found[0], found[1]

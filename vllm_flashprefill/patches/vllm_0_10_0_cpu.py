@@ -12,8 +12,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     TorchSDPAMetadataBuilderV1,
 )
 
-from vllm_flashprefill.backend.attention_impl import CPUFlashPrefillImplMixin
+from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
 from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
+from vllm_flashprefill.checks import PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 from vllm_flashprefill.plan import StepPlan
 from vllm_flashprefill.routing import DenseReason
@@ -30,13 +31,18 @@ class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, TorchSDPAMetadata
             self.num_prompt_req = num_prompt_req
 
 
-class FlashPrefillCPUImpl(CPUFlashPrefillImplMixin, TorchSDPABackendImpl):
+class FlashPrefillCPUImpl(FlashPrefillImplMixin, TorchSDPABackendImpl):
+    dense_forward_writes_kv = True
+
     def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: TorchSDPAMetadata) -> DenseReason | None:
         reason = super().dense_reason(layer, kv_cache, attn_metadata)
-        if reason is None and self._split(kv_cache)[0].dim() != 4:
-            # Without intel_extension_for_pytorch the cache is packed for a decode kernel alone.
+        if reason is not None:
+            return reason
+        k_cache, _ = self._split(kv_cache)
+        # Without intel_extension_for_pytorch the cache is packed for a decode kernel alone.
+        if k_cache.dim() != 4 or k_cache.shape[2] % PAGE_SIZE_MULTIPLE:
             return DenseReason.KV_CACHE_LAYOUT
-        return reason
+        return None
 
     def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
         self.paged_attn_impl.write_to_paged_cache(
@@ -53,8 +59,9 @@ class FlashPrefillCPUImpl(CPUFlashPrefillImplMixin, TorchSDPABackendImpl):
         k_cache, v_cache = self._split(kv_cache)
         return k_cache.transpose(1, 2), v_cache.transpose(1, 2)
 
-    def forward_dense(self, layer, query, key, value, kv_cache, dense_metadata) -> torch.Tensor:
-        return self.vllm_forward(layer, query, key, value, kv_cache, dense_metadata).view(query.shape)
+    def forward_dense(self, layer, query, key, value, kv_cache, dense_metadata, output) -> None:
+        # This `forward` takes no output to write to.
+        output.copy_(self.vllm_forward(layer, query, key, value, kv_cache, dense_metadata).view(query.shape))
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [num_pages, G, page_size, D] each."""

@@ -27,7 +27,7 @@ class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAtte
 
 
 class FlashPrefillFlashAttnImpl(FlashAttnCacheImplMixin, FlashAttentionImpl):
-    pass
+    dense_forward_writes_kv = True
 
 
 class FlashPrefillFlashAttnBackend(FlashPrefillBackendMixin, FlashAttentionBackend):

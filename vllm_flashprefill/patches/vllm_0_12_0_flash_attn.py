@@ -17,7 +17,7 @@ class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAtte
 
 
 class FlashPrefillFlashAttnImpl(FlashAttnCacheImplMixin, FlashAttentionImpl):
-    dense_forward_writes_kv = False
+    pass
 
 
 class FlashPrefillFlashAttnBackend(FlashPrefillBackendMixin, FlashAttentionBackend):

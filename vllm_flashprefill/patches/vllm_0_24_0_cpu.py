@@ -19,9 +19,6 @@ class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, CPUAttentionMetad
 
 
 class FlashPrefillCPUImpl(CPUAttnCacheImplMixin, CPUAttentionBackendImpl):
-    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
-        """vLLM has, by `do_kv_cache_update`."""
-
     def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # [num_pages, G, page_size, 2 * D] in shape; in memory a head's keys of a page, then its values.
         num_pages, num_kv_heads, page_size, _ = kv_cache.shape

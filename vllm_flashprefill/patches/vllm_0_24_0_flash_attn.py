@@ -42,11 +42,6 @@ class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAtte
 
 
 class FlashPrefillFlashAttnImpl(FlashAttnImplMixin, FlashAttentionImpl):
-    dense_forward_writes_kv = False
-
-    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
-        """vLLM has, by `do_kv_cache_update`."""
-
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # [num_pages, 2, page_size, G, D].
         k_cache, v_cache = kv_cache.unbind(1)

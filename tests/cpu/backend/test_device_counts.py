@@ -9,6 +9,7 @@ from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend import device_counts
 from vllm_flashprefill.backend.device_counts import DeviceCounts
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import SparseRequest, StepPlan, plan_step
 from vllm_flashprefill.reference import select_blocks_ref
 
@@ -51,7 +52,7 @@ def test_what_has_not_arrived_is_waited_for_by_the_thread_alone(monkeypatch):
     assert counts.report()
 
 
-def test_the_reference_counts_what_it_keeps():
+def test_the_cpu_counts_what_it_keeps():
     config = FlashPrefillConfig(alpha=0.5, num_sink_blocks=0, num_window_blocks=1, min_sparse_tokens=0)
     torch.manual_seed(0)
     starts, seq_lens = np.array([0, 1, 701, 1001]), np.array([40, 700, 600])
@@ -61,9 +62,12 @@ def test_the_reference_counts_what_it_keeps():
     k_cache, v_cache = torch.randn(2, 100, 16, 2, 32)
     table = torch.randperm(100, dtype=torch.int32)[:90].view(3, 30).repeat(1, 2)
     counts = torch.zeros(2, dtype=torch.int64)
+    kv = KeyValues(k_cache, v_cache, table)
+    marks = []
     flash_prefill_paged(
-        q, k_cache, v_cache, table, plan, config=config, softmax_scale=3.0, out=out, block_counts=counts
+        q, kv, plan, config=config, softmax_scale=3.0, out=out, block_counts=counts, mark=lambda: marks.append(None)
     )
+    assert len(marks) == 1 + 2 * len(plan.sparse)
     kept = 0
     for request in plan.sparse:
         pages = table[request.index, : -(-request.seq_len // 16)].long()
@@ -81,9 +85,9 @@ def test_the_reference_counts_what_it_keeps():
 
 def test_counters_that_do_not_fit_are_refused():
     arguments = dict(config=FlashPrefillConfig(), softmax_scale=1.0, out=torch.zeros(0, 4, 32))
-    caches, table = torch.zeros(2, 1, 16, 2, 32), torch.zeros(1, 1, dtype=torch.int32)
+    kv = KeyValues(*torch.zeros(2, 1, 16, 2, 32), torch.zeros(1, 1, dtype=torch.int32))
     plan = StepPlan((), np.empty(0, dtype=np.int64), {})
     with pytest.raises(ValueError, match=r"^block_counts:"):
         flash_prefill_paged(
-            torch.zeros(0, 4, 32), *caches, table, plan, block_counts=torch.zeros(2, dtype=torch.int32), **arguments
+            torch.zeros(0, 4, 32), kv, plan, block_counts=torch.zeros(2, dtype=torch.int32), **arguments
         )

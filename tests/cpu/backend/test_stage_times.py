@@ -1,7 +1,9 @@
 import pytest
+import torch
 
 from vllm_flashprefill import counters
-from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, StageTimes
+from vllm_flashprefill.backend import stage_times as stage_times_module
+from vllm_flashprefill.backend.stage_times import LAYERS_PER_TURN, StageTimes, stage_times
 
 pytestmark = pytest.mark.usefixtures("shared_stats")
 
@@ -92,3 +94,23 @@ def test_a_layer_that_failed_half_way_is_no_harm():
     for _ in range(2 * LAYERS_PER_TURN):
         device.run_layer(times)
     assert counters.read_stats().attention_seconds == pytest.approx(0.005 * LAYERS_PER_TURN)
+
+
+@pytest.mark.parametrize("num_requests", [1, 3])
+def test_every_layer_of_the_cpu_is_timed_and_read_at_once(monkeypatch, num_requests):
+    now = [0.0]
+    monkeypatch.setattr(stage_times_module.time, "perf_counter", lambda: now[0])
+    for layer in (1, 2):
+        mark = stage_times(torch.device("cpu")).next_layer()
+        mark()
+        for _ in range(num_requests):
+            for duration in (2.0, 5.0):
+                now[0] += duration
+                mark()
+        total = counters.read_stats()
+        assert (total.selection_seconds, total.attention_seconds) == (
+            2.0 * layer * num_requests,
+            5.0 * layer * num_requests,
+        )
+        now[0] += 100.0
+    assert (total.sparse_tokens, total.visible_blocks) == (0, 0)

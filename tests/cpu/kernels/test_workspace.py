@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flashprefill.kernels.configs import num_select_programs
-from vllm_flashprefill.kernels.schedule import Sequence, schedule_sequences
+from vllm_flashprefill.kernels.schedule import schedule_requests
 from vllm_flashprefill.kernels.workspace import Workspace, scratch_bytes
+from vllm_flashprefill.plan import SparseRequest
 
 CPU = torch.device("cpu")
 
@@ -50,11 +51,14 @@ def test_reserving_only_grows():
 )
 def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, chunk, list_bytes):
     """One request of the longest length, whole prompts beside it."""
-    sequences = [Sequence(chunk, context_len, context_len + chunk), *(Sequence(n, 0, n) for n in whole)]
-    schedule = schedule_sequences(
-        sequences, num_heads=num_heads, num_dense_tail_blocks=2, device=CPU, list_bytes=list_bytes
+    requests = [
+        SparseRequest(0, 0, chunk, context_len, context_len + chunk),
+        *(SparseRequest(0, 0, n, 0, n) for n in whole),
+    ]
+    schedule = schedule_requests(
+        requests, num_heads=num_heads, num_dense_tail_blocks=2, device=CPU, list_bytes=list_bytes
     )
-    longest = max(sequence.context_len + sequence.query_len for sequence in sequences)
+    longest = max(request.seq_len for request in requests)
     with mock.patch("vllm_flashprefill.kernels.workspace.LIST_BYTES", list_bytes):
         reserved = scratch_bytes(
             num_heads=num_heads,

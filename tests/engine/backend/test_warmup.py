@@ -30,9 +30,9 @@ def test_kernels_are_compiled_once_for_each_kind_of_layer(calls, monkeypatch):
     ran = []
     paged = warmup.flash_prefill_paged
 
-    def record(q, k_cache, *args, **kwargs):
-        ran.append((*q.shape[1:], *k_cache.shape[1:]))
-        return paged(q, k_cache, *args, **kwargs)
+    def record(q, kv, *args, **kwargs):
+        ran.append((*q.shape[1:], *kv.k.shape[1:]))
+        return paged(q, kv, *args, **kwargs)
 
     monkeypatch.setattr(warmup, "flash_prefill_paged", record)
     classes = Classes(EXACT, 32)

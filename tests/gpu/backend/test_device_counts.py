@@ -13,6 +13,8 @@ from vllm_flashprefill import counters
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.device_counts import DeviceCounts
 from vllm_flashprefill.kernels.workspace import Workspace, scratch_bytes
+from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.reference import flash_prefill_paged_ref
 
 SCALE = 0.125
 HEADS = 4
@@ -27,10 +29,7 @@ def step():
 
     def run(**options):
         out = torch.zeros_like(batch.q[0])
-        flash_prefill_paged(
-            batch.q[0], batch.k, batch.v, batch.block_table, plan,
-            config=config, softmax_scale=SCALE, out=out, **options,
-        )  # fmt: skip
+        flash_prefill_paged(batch.q[0], batch.kv, plan, config=config, softmax_scale=SCALE, out=out, **options)
         return out
 
     return batch, plan, config, run
@@ -41,9 +40,9 @@ def test_counts_are_the_references(step):
     counts = torch.zeros(2, dtype=torch.int64, device="cuda")
     run(block_counts=counts)
     expected = torch.zeros(2, dtype=torch.int64)
-    q, k, v, table = (x.cpu() for x in (batch.q[0], batch.k, batch.v, batch.block_table))
+    q, *kv = (x.cpu() for x in (batch.q[0], batch.kv.k, batch.kv.v, batch.kv.block_table))
     out = torch.zeros_like(q)
-    flash_prefill_paged(q, k, v, table, plan, config=config, softmax_scale=SCALE, out=out, block_counts=expected)
+    flash_prefill_paged_ref(q, KeyValues(*kv), plan, config=config, softmax_scale=SCALE, out=out, block_counts=expected)
     (kept, visible), (expected_kept, expected_visible) = counts.tolist(), expected.tolist()
     assert visible == expected_visible == HEADS * plan.visible_blocks
     # Blocks at the threshold may fall on either side.

@@ -27,8 +27,8 @@ def test_the_estimate_is_near_the_time_of_all_layers(slab_bytes, shared_stats):
 
     def run_layer(mark=None):
         pipeline.run_stages(
-            batch.q, batch.k, batch.v, batch.schedule, config=config, softmax_scale=0.125, out=out,
-            block_table=batch.block_table, workspace=workspace, mark=mark,
+            batch.q, batch.kv, batch.schedule, config=config, softmax_scale=0.125, out=out,
+            workspace=workspace, mark=mark,
         )  # fmt: skip
 
     try:

@@ -18,6 +18,7 @@ from tests.support.kernel_cases import (
 from tests.support.request import Request, structured
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
+from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.reference import flash_prefill_paged_ref
 
@@ -79,10 +80,9 @@ def test_paged_api_with_an_e4m3_cache():
         [Request(2000), Request(300)], config, page_size=16, device="cuda", kv_dtype=torch.float8_e4m3fn,
         kv_scales="head", dim=128,
     )  # fmt: skip
-    arguments = (batch.q[0], batch.k, batch.v, batch.block_table, plan)
-    options = dict(config=config, softmax_scale=SCALE, **batch.scales)
-    out = flash_prefill_paged(*arguments, **options, out=torch.empty_like(batch.q[0]))
-    expected = flash_prefill_paged_ref(*arguments, **options, out=torch.empty_like(batch.q[0]))
+    options = dict(config=config, softmax_scale=SCALE)
+    out = flash_prefill_paged(batch.q[0], batch.kv, plan, **options, out=torch.empty_like(batch.q[0]))
+    expected = flash_prefill_paged_ref(batch.q[0], batch.kv, plan, **options, out=torch.empty_like(batch.q[0]))
     torch.testing.assert_close(out[:2000], expected[:2000], rtol=2e-2, atol=2e-3)
 
 
@@ -222,9 +222,7 @@ def test_mixed_step_leaves_other_rows_alone(no_sync):
     out = torch.full_like(batch.q[0], torch.nan)
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(2):
-        flash_prefill_paged(
-            batch.q[0], batch.k, batch.v, batch.block_table, plan, config=config, softmax_scale=SCALE, out=out
-        )
+        flash_prefill_paged(batch.q[0], batch.kv, plan, config=config, softmax_scale=SCALE, out=out)
     torch.cuda.set_sync_debug_mode("default")
     pieces = split(out[None], batch)
     for n, piece in enumerate(pieces):
@@ -263,9 +261,8 @@ def test_no_length_compiles(no_sync):
         flash_prefill_varlen(q[0], k[0], v[0], [0, n], config=config)
         pages = -(-n // 16)
         plan = plan_step(np.array([0, n]), np.array([n]), FlashPrefillConfig(min_sparse_tokens=0))
-        flash_prefill_paged(
-            q[0], *cache, table[None, :pages], plan, config=config, softmax_scale=SCALE, out=torch.empty_like(q[0])
-        )
+        kv = KeyValues(*cache, table[None, :pages])
+        flash_prefill_paged(q[0], kv, plan, config=config, softmax_scale=SCALE, out=torch.empty_like(q[0]))
 
     call(3000)
     before = compiled()

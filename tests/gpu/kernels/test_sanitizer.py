@@ -21,8 +21,7 @@ requests = [Request(300, 640, 128), Request(1), Request(129, 511), Request(400)]
 batch = make_batch(requests, {options}, dim=128, dtype=torch.bfloat16, device="cuda", config=config)
 out = torch.full_like(batch.q, torch.nan)
 pipeline.run_stages(
-    batch.q, batch.k, batch.v, batch.schedule,
-    config=config, softmax_scale=0.125, out=out, block_table=batch.block_table, **batch.scales,
+    batch.q, batch.kv, batch.schedule, config=config, softmax_scale=0.125, out=out
 )
 assert not out.isnan().any()
 """

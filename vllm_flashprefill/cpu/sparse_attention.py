@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_flashprefill.cpu.blocks import in_blocks
+
 # Keys and values gathered for one call of PyTorch's attention take at most this many bytes.
 GATHER_BYTES = 64 << 20
 
@@ -32,9 +34,9 @@ def sparse_attention_cpu(
     kv_head = torch.arange(num_heads) // (num_heads // num_kv_heads)
 
     # [H, NQ, B, D] and [G, NK, B, D]; rows outside the chunk are zeros that nothing reads.
-    q_blocks = _in_blocks(q, lead, num_query_blocks, block_size)
-    k_blocks = _in_blocks(k, 0, num_key_blocks, block_size)
-    v_blocks = _in_blocks(v, 0, num_key_blocks, block_size)
+    q_blocks = in_blocks(q, lead, num_query_blocks, block_size)
+    k_blocks = in_blocks(k, 0, num_key_blocks, block_size)
+    v_blocks = in_blocks(v, 0, num_key_blocks, block_size)
 
     own = slice(first, first + num_query_blocks)
     out, lse = _flash(
@@ -68,14 +70,6 @@ def sparse_attention_cpu(
             out[h, i] = out[h, i] * (lse[h, i] - joined).exp() + part * (part_lse - joined).exp()
             lse[h, i] = joined
     return out.flatten(1, 2)[:, lead : lead + num_tokens].transpose(0, 1).to(q.dtype)
-
-
-def _in_blocks(x: torch.Tensor, lead: int, num_blocks: int, block_size: int) -> torch.Tensor:
-    """[tokens, heads, D] to [heads, num_blocks, block_size, D], the first token at row `lead` of block 0."""
-    num_tokens, num_heads, head_size = x.shape
-    blocks = x.new_zeros(num_heads, num_blocks * block_size, head_size)
-    blocks[:, lead : lead + num_tokens] = x.transpose(0, 1)
-    return blocks.view(num_heads, num_blocks, block_size, head_size)
 
 
 def _flash(

@@ -1,0 +1,1 @@
+"""The four stages on the CPU, by PyTorch's operators."""

@@ -1,0 +1,53 @@
+"""The four stages one after another, request by request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.cpu.block_select import block_select_cpu
+from vllm_flashprefill.cpu.sparse_attention import sparse_attention_cpu
+from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.plan import SparseRequest
+
+
+def run_stages(
+    q: torch.Tensor,
+    kv: KeyValues,
+    requests: Sequence[SparseRequest],
+    *,
+    config: FlashPrefillConfig,
+    softmax_scale: float,
+    out: torch.Tensor,
+    block_counts: torch.Tensor | None = None,
+    workspace: Any = None,
+    mark: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """Pool, score, select and attend for some requests; arguments as of `kernels.pipeline`, whose workspace has no use.
+
+    Returns:
+        out.
+    """
+    if mark is not None:
+        mark()
+    for request in requests:
+        rows = (request.batch, request.query_slice)
+        queries, (k, v) = q[rows], kv.of_request(request)
+        if kv.fp8 or q.dtype.itemsize not in (2, 4):
+            queries, k, v = queries.float(), k.float(), v.float()
+        mask = block_select_cpu(queries, k, prompt_len=request.prompt_len, config=config, softmax_scale=softmax_scale)
+        if block_counts is not None:
+            block_counts += block_counts.new_tensor([int(mask.sum()), len(mask) * request.visible_blocks])
+        if mark is not None:
+            mark()
+        attended = sparse_attention_cpu(
+            queries, k, v, mask,
+            context_len=request.context_len, block_size=config.block_size, softmax_scale=softmax_scale,
+        )  # fmt: skip
+        out[rows] = attended.to(out.dtype)
+        if mark is not None:
+            mark()
+    return out
