@@ -90,7 +90,7 @@ class Bench:
             return flash_prefill(q, k, v, **arguments)
 
         register(alpha=1.0)
-        with mock.patch.object(hf, "flash_prefill", capture):
+        with mock.patch.object(hf.attention, "flash_prefill", capture):
             self.forward(ids, "flashprefill")
         inputs = [qkv for qkv in captured if qkv]
         low, high = 0.0, 1.0

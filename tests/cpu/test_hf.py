@@ -10,11 +10,17 @@ pytest.importorskip("transformers", minversion="4.56", reason="transformers 4.56
 
 from transformers import (
     AttentionInterface,
+    AutoModelForCausalLM,
     CompileConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipTextModel,
     StaticCache,
 )
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -241,6 +247,26 @@ def test_training_is_dense_and_has_gradients():
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_of_a_checkpointed_model_are_sdpas(use_reentrant):
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    gradients, before = [], hf.stats()
+    for name in ("flashprefill", "sdpa"):
+        model = make_model(name).train()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(prompt(), labels=prompt(), use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    done = hf.stats() - before
+    assert (done.sparse_tokens, set(done.dense_tokens)) == (0, {"training"})
+    for ours, sdpas in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, sdpas, **TOLERANCE)
+
+
+def test_a_model_in_training_mode_is_dense_without_gradients_too():
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    check_dense(Run(make_model("flashprefill").train(), prompt()), "training", 2 * LENGTH)
+
+
 def test_a_compiled_model_is_sparse_too():
     hf.register(alpha=0.6, **EAGER_TO_PRUNE)
     model, ids = make_model("flashprefill"), prompt()
@@ -271,7 +297,9 @@ class Layer(torch.nn.Module):
 def attend(query_len, key_len, value_size=16, **arguments):
     q, k = torch.randn(1, 2, query_len, 16), torch.randn(1, 2, key_len, 16)
     before = hf.stats()
-    out, weights = hf.flash_prefill_attention(Layer(), q, k, torch.randn(1, 2, key_len, value_size), None, **arguments)
+    out, weights = hf.flash_prefill_attention(
+        Layer().eval(), q, k, torch.randn(1, 2, key_len, value_size), None, **arguments
+    )
     assert out.shape == (1, query_len, 2, value_size) and weights is None
     return (hf.stats() - before).dense_tokens
 
@@ -299,51 +327,196 @@ def test_arguments_meant_for_flash_attention_are_an_error():
         attend(10, 10, cu_seq_lens_q=torch.tensor([0, 4, 10]))
 
 
-def test_a_mask_that_model_code_reads_is_sdpas_and_dense():
-    def make():
-        return torch.ones(1, 1, 300, 400, dtype=torch.bool).tril(100)
+def make_mask(batch=1, query_len=300, context_len=100, device="cpu", reason=None):
+    """A mask of a chunk in a cache with room for 50 tokens more, and what it says."""
+    shape = (batch, 1, query_len, context_len + query_len + 50)
+    dense = torch.arange(shape[3]) <= torch.arange(context_len, context_len + query_len)[:, None]
+    return hf.CausalMask(shape, torch.device(device), context_len, reason), dense.expand(shape)
 
-    mask = hf.CausalMask((1, 1, 300, 400), torch.device("cpu"), make, 100, None)
-    assert mask.shape == (1, 1, 300, 400) and mask.dtype == torch.bool and mask.to("cpu") is mask
-    assert not mask.was_read
-    assert torch.equal(mask[:, :, -2:], make()[:, :, -2:])
-    assert mask.was_read
-    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
-    q, kv = torch.randn(1, 2, 300, 16), torch.randn(1, 2, 400, 16)
+
+def attend_with(mask, query_len, key_len):
+    """What is counted of a call; its result must be sdpa's with the mask that model code would see."""
+    q, kv = torch.randn(1, 2, query_len, 16), torch.randn(1, 2, key_len, 16)
     before = hf.stats()
-    out = hf.flash_prefill_attention(Layer(), q, kv, kv, mask)[0]
-    assert (hf.stats() - before).dense_tokens == {"custom_mask": 300}
-    expected = torch.nn.functional.scaled_dot_product_attention(q, kv, kv, attn_mask=make())
+    out = hf.flash_prefill_attention(Layer().eval(), q, kv, kv, mask)[0]
+    done = hf.stats() - before
+    expected = torch.nn.functional.scaled_dot_product_attention(q, kv, kv, attn_mask=mask.materialise())
     torch.testing.assert_close(out, expected.transpose(1, 2))
+    return done.dense_tokens
+
+
+READS = {
+    "slice": lambda mask: mask[:, :, -2:, :7],
+    "invert": lambda mask: ~mask,
+    "and": lambda mask: torch.ones(mask.shape, dtype=torch.bool).triu() & mask,
+    "to float": lambda mask: mask.to(torch.float32),
+    "cat": lambda mask: torch.cat([mask, mask], dim=-1),
+    "where": lambda mask: torch.where(mask, 0.0, torch.finfo(torch.float32).min),
+    "expand": lambda mask: mask.expand(-1, 3, -1, -1),
+    "any": lambda mask: mask.any(dim=-1),
+    "sdpa": lambda mask: torch.nn.functional.scaled_dot_product_attention(
+        torch.ones(mask.shape[0], 2, 300, 8),
+        *torch.arange(mask.shape[0] * 2 * 2 * 450 * 8.0).view(2, -1, 2, 450, 8),
+        mask,
+    ),
+}
+COPIES = {
+    "clone": lambda mask: mask.clone(),
+    "detach": lambda mask: mask.detach(),
+    "deepcopy": copy.deepcopy,
+    "to the same device": lambda mask: mask.to("cpu"),
+    "to another and back": lambda mask: mask.to("meta").to("cpu", non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("operation", READS)
+def test_a_causal_mask_reads_as_what_it_says(operation, batch, grad_mode):
+    with grad_mode():
+        mask, dense = make_mask(batch)
+        assert mask.shape == dense.shape and mask.dtype == torch.bool and not mask.was_read
+        torch.testing.assert_close(READS[operation](mask), READS[operation](dense))
+        assert mask.was_read
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("operation", COPIES)
+def test_a_copy_of_a_causal_mask_is_another(operation, grad_mode):
+    with grad_mode():
+        mask, dense = make_mask(2)
+        copied = COPIES[operation](mask)
+        assert isinstance(copied, hf.CausalMask) and not mask.was_read and not copied.was_read
+        assert (copied.shape, copied.device, copied.context_len) == (mask.shape, mask.device, 100)
+        assert torch.equal(copied[:], dense) and copied.was_read
+        if operation != "to another and back":
+            assert torch.equal(COPIES[operation](copied)[:], dense) and COPIES[operation](copied).was_read
+
+
+def test_a_causal_mask_is_made_where_it_was_moved():
+    mask = make_mask()[0].to(device="meta")
+    assert mask.device.type == "meta" and not mask.was_read
+    assert mask[0].device.type == "meta"
+
+
+def test_a_mask_that_model_code_reads_is_sdpas_and_dense():
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    mask = make_mask()[0]
+    mask[:, :, -2:]
+    assert attend_with(mask, 300, 450) == {"custom_mask": 300}
+
+
+def test_a_mask_that_model_code_changes_is_sdpas_and_dense():
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    mask = make_mask()[0]
+    mask[..., 100:, :50] = False
+    assert not mask.materialise()[..., 100:, :50].any()
+    assert attend_with(mask, 300, 450) == {"custom_mask": 300}
 
 
 def test_a_causal_mask_holds_whatever_the_layer_says_of_itself():
-    def make():
-        return torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
-
     hf.register(alpha=1.0, **EAGER_TO_PRUNE)
-    mask = hf.CausalMask((1, 1, 300, 300), torch.device("cpu"), make, 0, DenseReason.SLIDING_WINDOW)
-    q = torch.randn(1, 2, 300, 16)
-    before = hf.stats()
-    out = hf.flash_prefill_attention(Layer(), q, q, q, mask)[0]
-    assert (hf.stats() - before).dense_tokens == {"sliding_window": 300}
-    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-    torch.testing.assert_close(out, expected.transpose(1, 2))
+    mask = hf.CausalMask((1, 1, 300, 300), torch.device("cpu"), 0, DenseReason.SLIDING_WINDOW)
+    assert attend_with(mask, 300, 300) == {"sliding_window": 300}
+
+
+@pytest.mark.parametrize("chunk", [LENGTH, 256])
+def test_layers_on_two_devices_are_sparse(chunk):
+    """The second layer's mask comes from another device, as device_map="auto" has it."""
+    hf.register(alpha=0.6, **EAGER_TO_PRUNE)
+    masks = []
+
+    def move_mask(module, args, kwargs):
+        masks.append(kwargs["attention_mask"])
+        return args, {**kwargs, "attention_mask": masks[-1].to("meta").to("cpu")}
+
+    runs = []
+    for hook in (None, move_mask):
+        model, cache, logits, before = make_model("flashprefill"), None, [], hf.stats()
+        if hook is not None:
+            model.model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
+        for ids in prompt().split(chunk, dim=1):
+            with torch.no_grad():
+                out = model(ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+        runs.append((torch.cat(logits, dim=1), hf.stats() - before))
+    torch.testing.assert_close(runs[1][0], runs[0][0])
+    assert runs[1][1] == runs[0][1]
+    assert runs[1][1].sparse_tokens == 2 * (LENGTH if chunk == LENGTH else LENGTH - chunk)
+    assert not any(mask.was_read for mask in masks)
+
+
+def test_a_model_that_reads_its_mask_is_sdpas_and_dense():
+    """On transformers 4 such as Doge, which adds a mask of its own."""
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    model = make_model("flashprefill")
+
+    def narrow_mask(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"][:, :, :, :LENGTH]}
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(narrow_mask, with_kwargs=True)
+    run = Run(model, prompt())
+    check_dense(run, "custom_mask", 2 * LENGTH)
+    torch.testing.assert_close(run.logits, Run(make_model("sdpa"), prompt()).logits, **TOLERANCE)
+
+
+def make_text_encoder(implementation):
+    torch.manual_seed(0)
+    config = SiglipTextConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        projection_size=64, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        attn_implementation=implementation,
+    )  # fmt: skip
+    return SiglipTextModel(config).eval()
+
+
+@torch.no_grad()
+def test_a_text_encoder_keeps_its_padding_mask():
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    ids, mask = prompt(2, 64), torch.ones(2, 64, dtype=torch.long)
+    mask[1, 20:] = 0
+    states = [make_text_encoder(name)(ids, attention_mask=mask).last_hidden_state for name in ("flashprefill", "sdpa")]
+    kept = mask.bool()
+    torch.testing.assert_close(states[0][kept], states[1][kept], **TOLERANCE)
+    whole = make_text_encoder("sdpa")(ids).last_hidden_state
+    assert (states[1] - whole)[kept].abs().max() > 0.01
+
+
+def test_no_config_has_a_name_with_flash_in_it():
+    early = LlamaConfig(**SHAPE, attn_implementation="flashprefill")
+    hf.register()
+    models = [
+        LlamaForCausalLM(early),
+        LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="flashprefill")),
+        AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), attn_implementation="flashprefill"),
+        make_model("flashprefill"),
+        make_model({"": "flashprefill"}),
+        make_model(hf.CONFIG_NAME),
+    ]
+    for model in models:
+        assert model.config._attn_implementation == model.model.config._attn_implementation == hf.CONFIG_NAME
+    vision_and_text = SiglipConfig()
+    vision_and_text._attn_implementation = {"text_config": "flashprefill", "vision_config": "sdpa"}
+    assert vision_and_text.text_config._attn_implementation == hf.CONFIG_NAME
+    assert vision_and_text.vision_config._attn_implementation == "sdpa"
+    assert "flash" not in hf.CONFIG_NAME
 
 
 def test_each_source_of_options_wins_over_the_next(monkeypatch):
     hf.register()
-    assert hf._config("llama", 128).alpha == PRESETS["llama"]["alpha"]
-    assert hf._config("qwen2_5_vl_text", 128).alpha == PRESETS["qwen2_5_vl"]["alpha"]
-    assert hf._config("llama", 64).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
-    assert hf._config("llama", 96) == FlashPrefillConfig()
+    assert hf.attention.layer_config("llama", 128).alpha == PRESETS["llama"]["alpha"]
+    assert hf.attention.layer_config("qwen2_5_vl_text", 128).alpha == PRESETS["qwen2_5_vl"]["alpha"]
+    assert hf.attention.layer_config("llama", 64).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
+    assert hf.attention.layer_config("llama", 96) == FlashPrefillConfig()
     hf.unregister()
     hf.register(alpha=0.3, num_sink_blocks=5)
-    assert hf._config("llama", 128).alpha == 0.3
+    assert hf.attention.layer_config("llama", 128).alpha == 0.3
     hf.unregister()
     monkeypatch.setenv("FLASHPREFILL_ALPHA", "0.2")
     hf.register(alpha=0.3, num_sink_blocks=5)
-    assert hf._config("llama", 128) == FlashPrefillConfig(alpha=0.2, num_sink_blocks=5)
+    assert hf.attention.layer_config("llama", 128) == FlashPrefillConfig(alpha=0.2, num_sink_blocks=5)
 
 
 @pytest.mark.parametrize(
@@ -378,22 +551,27 @@ def test_registering_twice():
 
 
 def test_unregister_leaves_transformers_as_it_was():
-    from transformers.utils import generic
-
     def state():
-        check = getattr(generic, "is_flash_attention_requested", None)
-        return sorted(AttentionInterface()), sorted(AttentionMaskInterface()), check
+        wrapped = PretrainedConfig._attn_implementation, PreTrainedModel.set_attn_implementation
+        return sorted(AttentionInterface()), sorted(AttentionMaskInterface()), wrapped
 
     before = state()
     hf.register()
-    assert "flashprefill" in AttentionInterface() and "flashprefill" in AttentionMaskInterface()
-    if before[2] is not None:
-        assert not generic.is_flash_attention_requested(requested_attention_implementation="flashprefill")
-        assert generic.is_flash_attention_requested(requested_attention_implementation="flash_attention_2")
+    for name in ("flashprefill", hf.CONFIG_NAME):
+        assert name in AttentionInterface() and name in AttentionMaskInterface()
     hf.unregister()
     assert state() == before
     with pytest.raises(ValueError, match="not supported"):
         make_model("flashprefill")
+
+
+def test_a_transformers_without_the_methods_to_wrap_is_one_clear_error(monkeypatch):
+    monkeypatch.delattr(PreTrainedModel, "set_attn_implementation")
+    kept = PretrainedConfig._attn_implementation
+    with pytest.raises(RuntimeError, match=r"has no PreTrainedModel\.set_attn_implementation for flashprefill to wrap"):
+        hf.register()
+    assert PretrainedConfig._attn_implementation is kept
+    assert "flashprefill" not in AttentionInterface()
 
 
 def test_transformers_missing_or_too_old_is_one_clear_error(monkeypatch):

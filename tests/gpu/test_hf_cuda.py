@@ -127,7 +127,7 @@ def test_no_layer_waits_for_the_gpu():
     before = hf.stats()
     with torch.no_grad():
         forwards()
-        AttentionInterface.register("flashprefill", without_sync)
+        AttentionInterface.register(hf.CONFIG_NAME, without_sync)
         forwards()
     done = hf.stats() - before
     assert (done.sparse_tokens, done.dense_tokens) == (2 * 2 * (LENGTH - 1), {"decode": 2 * 2})
@@ -140,5 +140,5 @@ def test_other_dtypes_and_head_sizes_are_dense():
     assert (hf.stats() - before).dense_tokens == {"dtype": 2 * LENGTH}
     q = torch.randn(1, 2, LENGTH, 48, device="cuda", dtype=torch.bfloat16)
     before = hf.stats()
-    hf.flash_prefill_attention(torch.nn.Module(), q, q, q, None)
+    hf.flash_prefill_attention(torch.nn.Module().eval(), q, q, q, None)
     assert (hf.stats() - before).dense_tokens == {"head_size": LENGTH}
