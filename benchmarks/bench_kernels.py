@@ -16,7 +16,6 @@ import functools
 import itertools
 from pathlib import Path
 
-import numpy as np
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,7 +95,7 @@ class Stages:
             SparseRequest(0, start, length, 0, length, kv_start=start)
             for length, start in zip(lengths, starts, strict=False)
         ) or (SparseRequest(0, 0, tokens, total - tokens, total),)
-        self.plan = StepPlan(self.requests, np.empty(0, dtype=np.int64), {})
+        self.plan = StepPlan(self.requests)
         self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
         self.config = FlashPrefillConfig()
         self.schedule = self.make_schedule()

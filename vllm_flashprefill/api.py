@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from vllm_flashprefill.checks import (
@@ -192,14 +191,11 @@ def _run_stages(q: torch.Tensor, kv: KeyValues, plan: StepPlan, *, config: Flash
 # Kept for the next layers, which attend to the same lengths, as is what the GPU was given of them.
 @functools.lru_cache(maxsize=8)
 def _batch_plan(batch: int, query_len: int, seq_len: int, prompt_len: int) -> StepPlan:
-    return _plan(SparseRequest(i, 0, query_len, seq_len - query_len, prompt_len, batch=i) for i in range(batch))
+    lengths = query_len, seq_len - query_len, prompt_len
+    return StepPlan(tuple(SparseRequest(i, 0, *lengths, batch=i) for i in range(batch)))
 
 
 @functools.lru_cache(maxsize=8)
 def _packed_plan(bounds: tuple[int, ...]) -> StepPlan:
     prompts = enumerate(itertools.pairwise(bounds))
-    return _plan(SparseRequest(i, start, end - start, 0, end - start, kv_start=start) for i, (start, end) in prompts)
-
-
-def _plan(requests: Iterable[SparseRequest]) -> StepPlan:
-    return StepPlan(tuple(requests), np.empty(0, dtype=np.int64), {})
+    return StepPlan(tuple(SparseRequest(i, a, b - a, 0, b - a, kv_start=a) for i, (a, b) in prompts))

@@ -67,8 +67,8 @@ class StepPlan:
     """
 
     sparse: tuple[SparseRequest, ...]
-    dense: np.ndarray
-    dense_tokens: dict[DenseReason, int]
+    dense: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    dense_tokens: dict[DenseReason, int] = dataclasses.field(default_factory=dict)
     schedules: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -85,7 +85,7 @@ class StepPlan:
 
 
 # Of a step that is vLLM's own and is not counted.
-EMPTY_PLAN = StepPlan((), np.empty(0, dtype=np.int64), {})
+EMPTY_PLAN = StepPlan(())
 
 
 def plan_step(

@@ -51,8 +51,12 @@ class FlashPrefillImplMixin:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if attn_metadata is None:
-            return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        is_sparse = attn_metadata is not None and self._is_sparse(layer, query, kv_cache, attn_metadata)
+        attend = self.forward_sparse if is_sparse else self.vllm_forward
+        return attend(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+    def _is_sparse(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any) -> bool:
+        """Whether this step has sparse requests for this layer; counts its tokens that are dense."""
         step = getattr(attn_metadata, "flashprefill", None)
         if not self._dense_reason_known:
             self._dense_reason = self.dense_reason(layer, kv_cache, attn_metadata)
@@ -64,12 +68,10 @@ class FlashPrefillImplMixin:
             # Rows of padding may follow the batch's own.
             num_tokens = getattr(attn_metadata, "num_actual_tokens", query.shape[0])
             recorder().add_dense(reason, num_tokens if step is None else step.plan.num_tokens)
-            return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+            return False
         for request_reason, tokens in step.plan.dense_tokens.items():
             recorder().add_dense(request_reason, tokens)
-        if not step.plan.sparse:
-            return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        return self.forward_sparse(layer, query, key, value, kv_cache, attn_metadata, step, *args, **kwargs)
+        return bool(step.plan.sparse)
 
     def forward_sparse(
         self,
@@ -79,7 +81,6 @@ class FlashPrefillImplMixin:
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
-        step: FlashPrefillStep,
         output: torch.Tensor | None = None,
         *scales: torch.Tensor | None,
         **named_scales: torch.Tensor | None,
@@ -93,6 +94,7 @@ class FlashPrefillImplMixin:
         """
         if any(scale is not None for scale in (*scales, *named_scales.values())):
             return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named_scales)
+        step: FlashPrefillStep = attn_metadata.flashprefill
         q = query.view(-1, self.num_heads, self.head_size)
         key, value = (x.view(-1, self.num_kv_heads, self.head_size) for x in (key, value))
         out = torch.empty_like(q) if output is None else output.view(q.shape)

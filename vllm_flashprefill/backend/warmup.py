@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 
 from vllm_flashprefill.api import flash_prefill_paged
@@ -50,7 +49,7 @@ def compile_kernels(
         flash_prefill_paged(
             q,
             KeyValues(*impl.paged_kv(cache), torch.arange(num_pages, dtype=torch.int32, device=device)[None]),
-            StepPlan((SparseRequest(0, 0, length, 0, length),), np.empty(0, dtype=np.int64), {}),
+            StepPlan((SparseRequest(0, 0, length, 0, length),)),
             config=config,
             softmax_scale=impl.scale,
             out=torch.empty_like(q),

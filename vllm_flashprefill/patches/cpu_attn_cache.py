@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
+from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
 from vllm_flashprefill.checks import PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.routing import DenseReason
+
+
+class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, CPUAttentionMetadataBuilder):
+    pass
 
 
 class CPUAttnCacheImplMixin(FlashPrefillImplMixin):

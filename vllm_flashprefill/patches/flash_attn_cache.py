@@ -9,7 +9,7 @@ from vllm_flashprefill.backend.flash_attn_builder import FlashAttnBuilderMixin
 from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
 
 
-class FlashAttnCacheBuilderMixin(FlashAttnBuilderMixin):
+class FlashAttnCacheMetadataBuilder(FlashAttnBuilderMixin, flash_attn.FlashAttentionMetadataBuilder):
     def new_cache(self, num_pages, page_size, num_kv_heads, head_size, dtype, device) -> torch.Tensor:
         backend = flash_attn.FlashAttentionBackend
         shape = backend.get_kv_cache_shape(num_pages, page_size, num_kv_heads, head_size)

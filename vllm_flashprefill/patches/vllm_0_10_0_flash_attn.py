@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
-from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheBuilderMixin, FlashAttnCacheImplMixin
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheImplMixin, FlashAttnCacheMetadataBuilder
 from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 
 
-class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAttentionMetadataBuilder):
+class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheMetadataBuilder):
     def build(self, *args: Any, **kwargs: Any) -> Any:
         metadata = super().build(*args, **kwargs)
         step = getattr(metadata, "flashprefill", None)

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
-from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheBuilderMixin, FlashAttnCacheImplMixin
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheImplMixin, FlashAttnCacheMetadataBuilder
 from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
-
-
-class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAttentionMetadataBuilder):
-    pass
 
 
 class FlashPrefillFlashAttnImpl(FlashAttnCacheImplMixin, FlashAttentionImpl):
@@ -22,4 +14,4 @@ class FlashPrefillFlashAttnImpl(FlashAttnCacheImplMixin, FlashAttentionImpl):
 
 class FlashPrefillFlashAttnBackend(FlashPrefillBackendMixin, FlashAttentionBackend):
     flashprefill_impl = FlashPrefillFlashAttnImpl
-    flashprefill_builder = FlashPrefillFlashAttnMetadataBuilder
+    flashprefill_builder = FlashAttnCacheMetadataBuilder

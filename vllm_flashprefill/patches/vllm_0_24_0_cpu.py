@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import torch
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
-from vllm_flashprefill.patches.cpu_attn_cache import CPUAttnCacheImplMixin
+from vllm_flashprefill.patches.cpu_attn_cache import CPUAttnCacheImplMixin, FlashPrefillCPUMetadataBuilder
 from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
-
-
-class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, CPUAttentionMetadataBuilder):
-    pass
 
 
 class FlashPrefillCPUImpl(CPUAttnCacheImplMixin, CPUAttentionBackendImpl):

@@ -6,20 +6,16 @@ import dataclasses
 from typing import Any
 
 import torch
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
 from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
 from vllm_flashprefill.backend.prompt_lengths import PREPARED_INPUTS, watch
 from vllm_flashprefill.device import upload
-from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheBuilderMixin
+from vllm_flashprefill.patches.flash_attn_cache import FlashAttnCacheMetadataBuilder
 from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 
 
-class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheBuilderMixin, FlashAttentionMetadataBuilder):
+class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheMetadataBuilder):
     def watch_model_runners(self) -> None:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
