@@ -19,7 +19,7 @@ from vllm_flashprefill.checks import (
     checked_bounds,
     checked_scale,
 )
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.config import MAX_INTEGER, FlashPrefillConfig
 from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import SparseRequest, StepPlan
@@ -62,8 +62,8 @@ def flash_prefill(
     check_block_counts(block_counts, q)
     seq_len = k.shape[1]
     prompt_len = seq_len if prompt_len is None else prompt_len
-    if prompt_len < seq_len:
-        raise ValueError(f"prompt_len: {prompt_len} is less than k's {seq_len} tokens")
+    if not seq_len <= prompt_len <= MAX_INTEGER:
+        raise ValueError(f"prompt_len: {prompt_len} is not from k's {seq_len} tokens to {MAX_INTEGER}")
     softmax_scale = checked_scale(softmax_scale, q)
     out = torch.empty_like(q) if out is None else out
     if q.shape[0] == 0 or q.shape[1] == 0:

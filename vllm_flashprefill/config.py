@@ -16,10 +16,13 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 BLOCK_SIZE = 128
+# Options and what is computed of them are int32 in the kernels.
+MAX_INTEGER = 2**31 - 1
 
 # alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen2/2.5-7B, Qwen3-30B-A3B,
 # Qwen2.5-VL and Qwen3-VL-MoE (arXiv 2603.06199). All of them have heads of 128.
@@ -44,6 +47,10 @@ ENV_CODE_OPTIONS = "FLASHPREFILL_CODE_OPTIONS"
 ENV_LOG_STATS = "FLASHPREFILL_LOG_STATS"
 ENV_STATS_DIR = "FLASHPREFILL_STATS_DIR"
 _ENV_RESERVED = {ENV_CODE_OPTIONS, ENV_LOG_STATS, ENV_STATS_DIR}
+# What Kubernetes puts into every container of a namespace that has a Service named flashprefill or flashprefill-...
+_ENV_KUBERNETES = re.compile(
+    rf"{ENV_PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 ADDITIONAL_CONFIG_KEY = "flashprefill"
 
@@ -81,8 +88,8 @@ class FlashPrefillConfig:
                 raise ValueError(f"flashprefill: {name} must be a number in [0, 1], not {value!r}")
         for name, least in _INTEGER_OPTIONS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"flashprefill: {name} must be an integer of at least {least}, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_INTEGER:
+                raise ValueError(f"flashprefill: {name} must be an integer in [{least}, {MAX_INTEGER}], not {value!r}")
         if self.block_size != BLOCK_SIZE:
             raise ValueError(f"flashprefill: block_size must be {BLOCK_SIZE}, not {self.block_size}")
 
@@ -130,7 +137,7 @@ class FlashPrefillConfig:
         Raises:
             ValueError: an unknown variable or option, a wrong type or a value out of range.
         """
-        preset = _preset(getattr(getattr(vllm_config, "model_config", None), "hf_config", None))
+        preset = _preset(vllm_config)
         additional = getattr(vllm_config, "additional_config", None) or {}
         options = additional.get(ADDITIONAL_CONFIG_KEY, {}) if isinstance(additional, Mapping) else {}
         if not isinstance(options, Mapping):
@@ -190,7 +197,7 @@ def env_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """
     options: dict[str, Any] = {}
     for name, text in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in _ENV_RESERVED:
+        if not name.startswith(ENV_PREFIX) or name in _ENV_RESERVED or _ENV_KUBERNETES.fullmatch(name):
             continue
         option = name.removeprefix(ENV_PREFIX).lower()
         if option not in OPTIONS:
@@ -206,8 +213,19 @@ def env_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 
 def code_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The options given in code, by this process or the one that started it."""
-    return json.loads(environ.get(ENV_CODE_OPTIONS, "{}"))
+    """The options given in code, by this process or the one that started it.
+
+    Raises:
+        ValueError: the variable that carries them holds something else.
+    """
+    text = environ.get(ENV_CODE_OPTIONS) or "{}"
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"flashprefill: {ENV_CODE_OPTIONS} must be a JSON object of options, not {text!r}")
+    return options
 
 
 def preset(model_type: str | None, head_size: int | None) -> Mapping[str, Any]:
@@ -215,18 +233,22 @@ def preset(model_type: str | None, head_size: int | None) -> Mapping[str, Any]:
     return PRESETS_BY_HEAD_SIZE.get(head_size, {}).get((model_type or "").removesuffix("_text"), {})
 
 
-def _preset(hf_config: Any) -> Mapping[str, Any]:
-    """The preset of a model, from its Hugging Face config; empty if it has none."""
-    text_config = getattr(hf_config, "text_config", None) or hf_config
-    heads = getattr(text_config, "num_attention_heads", None)
-    head_size = getattr(text_config, "head_dim", None) or (heads and text_config.hidden_size // heads)
-    return preset(getattr(hf_config, "model_type", None), head_size)
+def _preset(vllm_config: Any) -> Mapping[str, Any]:
+    """The preset of an engine's model; empty if it has none, or a config that does not say what is asked of it."""
+    try:
+        hf_config = vllm_config.model_config.hf_config
+        text_config = getattr(hf_config, "text_config", None) or hf_config
+        head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+        return preset(hf_config.model_type, head_size)
+    except Exception:
+        # A model's config may hold anything, code of its author included.
+        return {}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _suggest(name: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

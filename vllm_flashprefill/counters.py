@@ -1,7 +1,7 @@
 """Counters of what was sparse, what was dense and why, readable from every process of an engine.
 
 Each process that runs attention keeps its counters in a memory-mapped file of ``FLASHPREFILL_STATS_DIR``,
-which the process that registers the backend creates and its children inherit; `read_stats` sums the files.
+which the process that starts an engine creates and the engine's own inherit; `read_stats` sums the files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import dataclasses
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ logger = logging.getLogger("vllm.flashprefill")
 _FIELDS = ("sparse_tokens", "kept_blocks", "visible_blocks", "selection_seconds", "attention_seconds")
 _REASONS = tuple(DenseReason)
 _PLACE = {reason: len(_FIELDS) + n for n, reason in enumerate(_REASONS)}
+_NUM_COUNTERS = len(_FIELDS) + len(_REASONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +79,29 @@ class Stats:
 
 
 class StatsRecorder:
-    """The counters of this process; logs them at intervals where ``FLASHPREFILL_LOG_STATS`` asks for it."""
+    """The counters of this process; logs them at intervals where ``FLASHPREFILL_LOG_STATS`` asks for it.
+
+    Attributes:
+        is_shared: whether other processes can read them.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         directory = os.environ.get(ENV_STATS_DIR)
-        shape = len(_FIELDS) + len(_REASONS)
-        if directory and os.path.isdir(directory):
-            path = Path(directory) / f"{os.getpid()}.f64"
-            # A process that is gone may have had this number: its counters are part of the sum and go on.
-            known = path.exists() and path.stat().st_size == 8 * shape
-            mapped = np.memmap(path, dtype=np.float64, mode="r+" if known else "w+", shape=shape)
-            # Every layer of every step adds to it: an element of a plain array costs a fraction of a memmap's.
-            self._counters = mapped.view(np.ndarray)
-        else:
-            self._counters = np.zeros(shape)
+        self._counters: np.ndarray | None = None
+        if directory:
+            try:
+                self._counters = _mapped_counters(Path(directory) / f"{os.getpid()}.f64")
+            except OSError as error:
+                logger.warning(
+                    "FlashPrefill: no file for the counters of process %d (%s); its log has them, /metrics and the "
+                    "stats() of other processes do not",
+                    os.getpid(),
+                    error,
+                )
+        self.is_shared = self._counters is not None
+        if self._counters is None:
+            self._counters = np.zeros(_NUM_COUNTERS)
         self._log_interval = log_interval()
         self._logged_at = time.monotonic()
         self._logged = _to_stats(self._counters)
@@ -137,24 +147,44 @@ os.register_at_fork(after_in_child=_forget_recorder)
 
 
 def read_stats() -> Stats:
-    """The sum over all processes that this one's engines run, since the backend was registered."""
-    total = np.zeros(len(_FIELDS) + len(_REASONS))
+    """The sum over all processes of this one's engines, since the first of them was started."""
+    total = np.zeros(_NUM_COUNTERS)
     directory = os.environ.get(ENV_STATS_DIR)
     if directory:
         for path in Path(directory).glob("*.f64"):
-            counters = np.fromfile(path, dtype=np.float64)
-            if counters.shape == total.shape:
-                total += counters
+            with contextlib.suppress(OSError):
+                counters = np.fromfile(path, dtype=np.float64)
+                if counters.shape == total.shape:
+                    total += counters
+    if _recorder is not None and not _recorder.is_shared:
+        total += _recorder._counters
     return _to_stats(total)
 
 
+# (process, folder) that `share_stats` made last.
+_made: tuple[int, str] | None = None
+
+
 def share_stats() -> None:
-    """Create the folder of the counters, unless a parent process has; it goes when this process ends."""
-    if os.environ.get(ENV_STATS_DIR):
+    """Have a folder for the counters of an engine that this process is about to start; it goes when this process ends.
+
+    A folder that this process made is kept, and so is one of the process that started this one by multiprocessing, as
+    vLLM starts its API servers. Any other in the environment is another server's, or a launcher's that may have ended.
+    """
+    global _made
+    directory = os.environ.get(ENV_STATS_DIR)
+    is_ours = _made == (os.getpid(), directory) or multiprocessing.parent_process() is not None
+    if directory and is_ours and os.path.isdir(directory):
         return
-    directory = tempfile.mkdtemp(prefix="flashprefill-stats-")
+    os.environ.pop(ENV_STATS_DIR, None)
+    try:
+        directory = tempfile.mkdtemp(prefix="flashprefill-stats-")
+    except OSError as error:
+        logger.warning("FlashPrefill: no folder for counters (%s); what other processes count is in their logs", error)
+        return
     os.environ[ENV_STATS_DIR] = directory
     owner = os.getpid()
+    _made = owner, directory
 
     def remove() -> None:
         if os.getpid() == owner:
@@ -166,8 +196,22 @@ def share_stats() -> None:
 def unshare_stats() -> None:
     """Forget the folder of the counters and this process's recorder."""
     _forget_recorder()
-    with contextlib.suppress(KeyError):
-        del os.environ[ENV_STATS_DIR]
+    os.environ.pop(ENV_STATS_DIR, None)
+
+
+def _mapped_counters(path: Path) -> np.ndarray:
+    """Counters in a file; those of a process that is gone and had this one's number are part of the sum and go on.
+
+    Raises:
+        OSError: there is no such folder, no room in it, or no writing to it.
+    """
+    num_bytes = 8 * _NUM_COUNTERS
+    if not path.exists() or path.stat().st_size != num_bytes:
+        # Written, not left a hole: on a full disk a hole is a signal at the first addition, in a layer.
+        path.write_bytes(bytes(num_bytes))
+    mapped = np.memmap(path, dtype=np.float64, mode="r+", shape=_NUM_COUNTERS)
+    # Every layer of every step adds to it: an element of a plain array costs a fraction of a memmap's.
+    return mapped.view(np.ndarray)
 
 
 def _to_stats(counters: np.ndarray) -> Stats:

@@ -93,14 +93,16 @@ def plan_step(
     seq_lens: np.ndarray,
     config: FlashPrefillConfig,
     prompt_lens: np.ndarray | None = None,
+    is_prefilling: np.ndarray | None = None,
 ) -> StepPlan:
     """Split a step's requests into sparse and dense.
 
     Args:
         query_start_loc: [num_reqs + 1] integers, each request's first token in the packed queries.
         seq_lens: [num_reqs] integers, tokens of each request up to and including this step.
-        prompt_lens: [num_reqs] integers, tokens of each request's whole prefill. Without it the prefill
-            is taken to end with this step.
+        prompt_lens: [num_reqs] integers, tokens of each request's whole prefill; as of `request_dense_reason` where
+            it is not given.
+        is_prefilling: [num_reqs] bool, likewise.
 
     Raises:
         ValueError: arrays that do not describe a batch.
@@ -112,19 +114,23 @@ def plan_step(
         raise ValueError(f"query_start_loc has {len(query_lens)} requests, seq_lens has {len(seq_lens)}")
     if (query_lens < 0).any() or (query_lens > seq_lens).any():
         raise ValueError("query_start_loc must not decrease, nor a request have more queries than tokens")
-    known_lens = seq_lens if prompt_lens is None else np.asarray(prompt_lens)
+    unknown = [None] * len(seq_lens)
+    known_lens = unknown if prompt_lens is None else np.asarray(prompt_lens).tolist()
+    prefilling = unknown if is_prefilling is None else np.asarray(is_prefilling).tolist()
 
     sparse: list[SparseRequest] = []
     dense: list[int] = []
     dense_tokens: Counter[DenseReason] = Counter()
-    batch = zip(query_start_loc[:-1].tolist(), query_lens.tolist(), seq_lens.tolist(), known_lens.tolist(), strict=True)
-    for index, (query_start, query_len, seq_len, known_len) in enumerate(batch):
+    batch = zip(
+        query_start_loc[:-1].tolist(), query_lens.tolist(), seq_lens.tolist(), known_lens, prefilling, strict=True
+    )
+    for index, (query_start, query_len, seq_len, known_len, prefills) in enumerate(batch):
         if query_len == 0:
             continue
         context_len = seq_len - query_len
-        reason = request_dense_reason(query_len, context_len, known_len, config)
+        reason = request_dense_reason(query_len, context_len, known_len, config, prefills)
         if reason is None:
-            prompt_len = max(known_len, seq_len)
+            prompt_len = max(known_len or 0, seq_len)
             sparse.append(SparseRequest(index, query_start, query_len, context_len, prompt_len))
         else:
             dense.append(index)

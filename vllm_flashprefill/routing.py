@@ -31,6 +31,7 @@ class DenseReason(str, enum.Enum):
     HEAD_SIZE = "head_size"
     DTYPE = "dtype"
     KV_CACHE_LAYOUT = "kv_cache_layout"
+    KERNEL_FAILED = "kernel_failed"
     CPU_ARCHITECTURE = "cpu_architecture"
     # of a call by transformers
     PADDING = "padding"
@@ -40,7 +41,11 @@ class DenseReason(str, enum.Enum):
 
 
 def request_dense_reason(
-    query_len: int, context_len: int, prompt_len: int, config: FlashPrefillConfig
+    query_len: int,
+    context_len: int,
+    prompt_len: int | None,
+    config: FlashPrefillConfig,
+    is_prefilling: bool | None = None,
 ) -> DenseReason | None:
     """Why this request is dense in this step, or None where it is sparse.
 
@@ -48,12 +53,23 @@ def request_dense_reason(
     which every block would be kept anyway (the first blocks, or the dense tail alone) is dense: the result is
     the same and dense attention is faster.
 
+    A decode with drafted tokens looks like the end of a prompt, but its context may be shorter than the host knows.
+    Where neither the prompt's length nor vLLM tells them apart, up to a block of tokens after others is a decode.
+
     Args:
         query_len: tokens of the request in this step.
         context_len: tokens of it in the KV cache before.
         prompt_len: tokens of its whole prefill as far as known; less than the sequence so far where
-            speculative tokens follow the last known one.
+            speculative tokens follow the last known one. None where it is not known: then the prefill is taken to end
+            with this step.
+        is_prefilling: what vLLM says of it, None where it does not.
     """
+    if is_prefilling is False:
+        return DenseReason.DECODE
+    if prompt_len is None:
+        if is_prefilling is None and context_len > 0 and query_len <= config.block_size:
+            return DenseReason.DECODE
+        prompt_len = context_len + query_len
     if context_len > 0 and context_len + 1 >= prompt_len:
         return DenseReason.DECODE
     prompt_len = max(prompt_len, context_len + query_len)

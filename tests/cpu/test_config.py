@@ -54,6 +54,35 @@ def test_presets_are_for_the_head_size_they_were_published_with():
         assert FlashPrefillConfig.from_vllm(other, {}) == FlashPrefillConfig()
 
 
+class PerLayerConfig:
+    """Says what it is asked by layer, and raises where it is asked for the model."""
+
+    model_type = "llama"
+
+    @property
+    def head_dim(self):
+        raise ValueError("ask for a layer's")
+
+
+@pytest.mark.parametrize(
+    "hf_config",
+    [
+        PerLayerConfig(),
+        SimpleNamespace(model_type="llama", num_attention_heads=32),
+        SimpleNamespace(model_type="llama", num_attention_heads=[32, 16], hidden_size=4096),
+        SimpleNamespace(model_type="llama", num_attention_heads=0, hidden_size=4096),
+        SimpleNamespace(model_type="llama", head_dim=[128, 64]),
+        SimpleNamespace(model_type=["llama"], head_dim=128),
+        SimpleNamespace(head_dim=128),
+        SimpleNamespace(model_type="llama", text_config={"head_dim": 128}),
+        None,
+    ],
+)
+def test_a_config_that_is_not_understood_has_no_preset(hf_config):
+    engine = SimpleNamespace(additional_config={}, model_config=SimpleNamespace(hf_config=hf_config))
+    assert FlashPrefillConfig.from_vllm(engine, {}) == FlashPrefillConfig()
+
+
 def test_presets_are_valid_options():
     for presets in PRESETS_BY_HEAD_SIZE.values():
         for options in presets.values():
@@ -66,17 +95,24 @@ def test_presets_are_valid_options():
         ({"alpha": 1.5}, "alpha must be a number in [0, 1], not 1.5"),
         ({"alpha": -0.1}, "alpha must be a number in [0, 1], not -0.1"),
         ({"alpha": float("nan")}, "alpha must be a number in [0, 1], not nan"),
+        ({"alpha": 10**400}, "alpha must be a number in [0, 1], not 1000"),
         ({"alpha": "0.1"}, "alpha must be a number in [0, 1], not '0.1'"),
         ({"alpha": True}, "alpha must be a number in [0, 1], not True"),
         ({"min_share": 1.5}, "min_share must be a number in [0, 1], not 1.5"),
         ({"min_share": -0.1}, "min_share must be a number in [0, 1], not -0.1"),
         ({"min_share": None}, "min_share must be a number in [0, 1], not None"),
         ({"alpha": 2, "min_share": 3}, "alpha must be a number in [0, 1], not 2"),
-        ({"num_sink_blocks": -1}, "num_sink_blocks must be an integer of at least 0, not -1"),
-        ({"num_window_blocks": 0}, "num_window_blocks must be an integer of at least 1, not 0"),
-        ({"num_dense_layers": 2.0}, "num_dense_layers must be an integer of at least 0, not 2.0"),
+        ({"num_sink_blocks": -1}, "num_sink_blocks must be an integer in [0, 2147483647], not -1"),
+        ({"num_window_blocks": 0}, "num_window_blocks must be an integer in [1, 2147483647], not 0"),
+        ({"num_dense_layers": 2.0}, "num_dense_layers must be an integer in [0, 2147483647], not 2.0"),
+        (
+            {"num_dense_tail_blocks": 2**33},
+            "num_dense_tail_blocks must be an integer in [0, 2147483647], not 8589934592",
+        ),
+        ({"min_sparse_tokens": 2**31}, "min_sparse_tokens must be an integer in [0, 2147483647], not 2147483648"),
         ({"block_size": 64}, "block_size must be 128, not 64"),
         ({"alhpa": 0.1}, "unknown option 'alhpa'; did you mean alpha?"),
+        ({5: 0.1}, "unknown option 5; known: alpha, "),
     ],
 )
 def test_bad_options_are_one_clear_error(options, message):
@@ -98,12 +134,36 @@ def test_options_that_are_no_object():
         ({"FLASHPREFILL_NUM_SINK_BLOCKS": "1.5"}, "FLASHPREFILL_NUM_SINK_BLOCKS must be an integer, not '1.5'"),
         ({"FLASHPREFILL_MIN_SHARE": "some"}, "FLASHPREFILL_MIN_SHARE must be a number, not 'some'"),
         ({"FLASHPREFILL_ALPHA": "7"}, "alpha must be a number in [0, 1], not 7.0"),
+        ({"FLASHPREFILL_SERVICE": "1"}, "unknown environment variable FLASHPREFILL_SERVICE; "),
+        ({"FLASHPREFILL_PORTS": "1"}, "unknown environment variable FLASHPREFILL_PORTS; "),
+        ({"FLASHPREFILL_CODE_OPTIONS": "5"}, "FLASHPREFILL_CODE_OPTIONS must be a JSON object of options, not '5'"),
+        ({"FLASHPREFILL_CODE_OPTIONS": "{alpha"}, "must be a JSON object of options, not '{alpha'"),
+        ({"FLASHPREFILL_CODE_OPTIONS": '{"alhpa": 1}'}, "unknown option 'alhpa'; did you mean alpha?"),
     ],
 )
 def test_bad_variables_are_one_clear_error(environ, message):
     with pytest.raises(ValueError) as error:
         FlashPrefillConfig.from_env(environ)
     assert message in str(error.value)
+
+
+SERVICE = """
+    FLASHPREFILL_SERVICE_HOST=10.0.0.7
+    FLASHPREFILL_SERVICE_PORT=8000
+    FLASHPREFILL_SERVICE_PORT_HTTP_METRICS=8000
+    FLASHPREFILL_PORT=tcp://10.0.0.7:8000
+    FLASHPREFILL_PORT_8000_TCP=tcp://10.0.0.7:8000
+    FLASHPREFILL_PORT_8000_TCP_PROTO=tcp
+    FLASHPREFILL_PORT_8000_TCP_PORT=8000
+    FLASHPREFILL_PORT_8000_TCP_ADDR=10.0.0.7
+"""
+
+
+@pytest.mark.parametrize("service", ["flashprefill", "flashprefill-llama-3", "flashprefill-alpha"])
+def test_what_kubernetes_says_of_a_service_is_no_option(service):
+    lines = SERVICE.replace("FLASHPREFILL", service.upper().replace("-", "_")).split()
+    environ = dict(line.split("=", 1) for line in lines)
+    assert FlashPrefillConfig.from_env(environ) == FlashPrefillConfig()
 
 
 def test_min_share_takes_the_place_of_alpha_but_not_of_0():

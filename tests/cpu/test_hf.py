@@ -524,7 +524,7 @@ def test_each_source_of_options_wins_over_the_next(monkeypatch):
     [
         ({"alpha": 1.5}, "alpha must be a number in"),
         ({"alhpa": 0.1}, "unknown option 'alhpa'; did you mean alpha?"),
-        ({"num_window_blocks": 0}, "num_window_blocks must be an integer of at least 1"),
+        ({"num_window_blocks": 0}, "num_window_blocks must be an integer in [1, "),
     ],
 )
 def test_bad_options_are_one_clear_error(options, message):

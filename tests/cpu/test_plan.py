@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend.layer_routing import layer_dense_reason, layer_index
+from vllm_flashprefill.backend.layer_routing import check_layer_names, layer_dense_reason, layer_index
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
@@ -32,6 +32,39 @@ CONFIG = FlashPrefillConfig(min_sparse_tokens=1024)
 )
 def test_route_of_a_request(query_len, context_len, prompt_len, reason):
     assert request_dense_reason(query_len, context_len, prompt_len, CONFIG) == reason
+
+
+@pytest.mark.parametrize(
+    ("query_len", "context_len", "prompt_len", "is_prefilling", "reason"),
+    [
+        # of unknown length: a decode with drafted tokens, or the end of a prompt
+        (5, 4000, None, None, DenseReason.DECODE),
+        (128, 4000, None, None, DenseReason.DECODE),
+        (129, 4000, None, None, None),
+        (5, 4000, None, True, None),
+        (1, 4000, None, True, DenseReason.DECODE),
+        (4000, 0, None, None, None),
+        (100, 0, None, None, DenseReason.SHORT_PROMPT),
+        # of known length
+        (5, 4000, 4005, None, None),
+        (5, 4000, 4005, True, None),
+        (5, 4000, 4005, False, DenseReason.DECODE),
+        (4000, 0, 4000, False, DenseReason.DECODE),
+        (2048, 2048, None, False, DenseReason.DECODE),
+    ],
+)
+def test_route_of_a_request_that_may_decode(query_len, context_len, prompt_len, is_prefilling, reason):
+    config = FlashPrefillConfig(min_sparse_tokens=1024, num_dense_tail_blocks=0)
+    assert request_dense_reason(query_len, context_len, prompt_len, config, is_prefilling) == reason
+    plan = plan_step(
+        np.array([0, query_len]),
+        np.array([context_len + query_len]),
+        config,
+        None if prompt_len is None else np.array([prompt_len]),
+        None if is_prefilling is None else np.array([is_prefilling]),
+    )
+    assert plan.dense_tokens == ({} if reason is None else {reason: query_len})
+    assert [request.prompt_len for request in plan.sparse] == [context_len + query_len] * (reason is None)
 
 
 def test_plan_of_a_mixed_step():
@@ -127,6 +160,20 @@ def test_first_layers_can_be_dense():
     config = FlashPrefillConfig(num_dense_layers=2)
     reasons = [layer_dense_reason(impl(), f"model.layers.{i}.self_attn.attn", config) for i in range(4)]
     assert reasons == [DenseReason.DENSE_LAYER, DenseReason.DENSE_LAYER, None, None]
+
+
+def test_layers_without_an_index_are_an_error_before_any_step():
+    named = {
+        "model.layers.3.self_attn.attn": SimpleNamespace(impl=impl(flashprefill_config=CONFIG)),
+        "model.attn": SimpleNamespace(impl=impl(flashprefill_config=CONFIG, sliding_window=512)),
+        "visual.attn": SimpleNamespace(impl=impl()),
+        "mamba": SimpleNamespace(),
+    }
+    check_layer_names(named, FlashPrefillConfig(num_dense_layers=2))
+    named["model.attn"].impl.sliding_window = None
+    check_layer_names(named, FlashPrefillConfig())
+    with pytest.raises(ValueError, match=r"'model\.attn' has no layer index in its name, which num_dense_layers needs"):
+        check_layer_names(named, FlashPrefillConfig(num_dense_layers=2))
 
 
 def test_layer_index():

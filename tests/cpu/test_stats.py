@@ -1,5 +1,10 @@
+import json
 import multiprocessing
 import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +30,116 @@ def test_counters_of_all_processes_add_up(shared_stats, method):
     assert total.dense_tokens == {"decode": 14}
     assert (total.selection_seconds, total.attention_seconds) == (1.0, 3.0)
     assert total.density == 0.5
+
+
+# What an API server does as far as counters go, its engine within it.
+SERVER = """
+import json, os, sys
+from vllm_flashprefill import counters
+from vllm_flashprefill.routing import DenseReason
+counters.share_stats()
+sys.stdin.readline()
+counters.recorder().add_dense(DenseReason.DECODE, int(sys.argv[1]))
+print(json.dumps([os.environ["FLASHPREFILL_STATS_DIR"], counters.read_stats().dense_tokens]))
+"""
+
+
+def start_server(tokens):
+    command = [sys.executable, "-c", SERVER, str(tokens)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_servers_of_one_launcher_count_for_themselves(shared_stats):
+    work()
+    servers = [start_server(tokens) for tokens in (3, 5)]
+    answers = [json.loads(server.communicate("go\n")[0]) for server in servers]
+    assert [counted for _, counted in answers] == [{"decode": 3}, {"decode": 5}]
+    assert len({shared_stats, *(folder for folder, _ in answers)}) == 3
+    assert not any(os.path.exists(folder) for folder, _ in answers), "they go when their server ends"
+    assert counters.read_stats().dense_tokens == {"decode": 7}
+
+
+def serve(tokens, results):
+    counters.share_stats()
+    counters.recorder().add_dense(DenseReason.DECODE, tokens)
+    results.put(counters.read_stats().dense_tokens)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_servers_started_by_multiprocessing_count_for_themselves(nothing_shared, method):
+    """A launcher that registers and starts no engine of its own has no folder that they could inherit."""
+    context = multiprocessing.get_context(method)
+    results = context.SimpleQueue()
+    for tokens in (3, 5):
+        server = context.Process(target=serve, args=(tokens, results))
+        server.start()
+        server.join()
+        assert results.get() == {"decode": tokens}
+
+
+def test_a_server_counts_on_when_its_launcher_has_ended(nothing_shared, tmp_path):
+    launcher = f"""
+import subprocess, sys
+from vllm_flashprefill import counters
+counters.share_stats()
+subprocess.Popen([sys.executable, "-c", {SERVER!r}, "3"], stdin=0, stdout=open(sys.argv[1], "w"))
+"""
+    answer = tmp_path / "answer"
+    read_end, write_end = os.pipe()
+    # Its server waits for a line, and whoever waits for the end of its stderr for the server too.
+    ended = subprocess.Popen(
+        [sys.executable, "-c", launcher, answer], stdin=read_end, stderr=subprocess.PIPE, text=True
+    )
+    assert ended.wait() == 0
+    os.write(write_end, b"go\n")
+    assert ended.stderr.read() == ""
+    os.close(read_end), os.close(write_end)
+    assert json.loads(answer.read_text())[1] == {"decode": 3}
+
+
+def test_a_folder_that_is_gone_is_made_anew(shared_stats, monkeypatch):
+    os.rmdir(shared_stats)
+    counters.share_stats()
+    assert os.environ["FLASHPREFILL_STATS_DIR"] != shared_stats
+    work()
+    assert counters.read_stats().dense_tokens == {"decode": 7}
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(counters.logger, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
+@pytest.mark.parametrize("trouble", ["full", "not writable", "gone"])
+def test_without_a_file_a_process_counts_for_itself(shared_stats, warnings, trouble):
+    if trouble == "not writable":
+        (Path(shared_stats) / f"{os.getpid()}.f64").mkdir()
+    elif trouble == "gone":
+        os.rmdir(shared_stats)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0 if trouble == "full" else limits[0], limits[1]))
+    try:
+        work()
+        work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(warnings) == 1 and "no file for the counters" in warnings[0], warnings
+    total = counters.read_stats()
+    assert (total.sparse_tokens, total.dense_tokens) == (200, {"decode": 14})
+
+
+def test_without_a_folder_a_process_counts_for_itself(nothing_shared, warnings, monkeypatch):
+    def full(prefix):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(counters.tempfile, "mkdtemp", full)
+    monkeypatch.setenv("FLASHPREFILL_STATS_DIR", "/nowhere")
+    counters.share_stats()
+    work()
+    assert len(warnings) == 1 and "No space left on device" in warnings[0], warnings
+    assert counters.read_stats().dense_tokens == {"decode": 7}
 
 
 def test_a_difference_is_what_happened_between(shared_stats):

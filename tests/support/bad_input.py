@@ -43,6 +43,7 @@ def bad_calls(device):
         ("softmax_scale", lambda: flash_prefill(q, k, v, softmax_scale=-1.0)),
         ("softmax_scale", lambda: flash_prefill(q, k, v, softmax_scale=float("nan"))),
         ("prompt_len", lambda: flash_prefill(q, k, v, prompt_len=7)),
+        ("prompt_len", lambda: flash_prefill(q, k, v, prompt_len=2**40)),
         ("q", lambda: flash_prefill_varlen(q, k[0], v[0], [0, 300])),
         ("k", lambda: flash_prefill_varlen(q[0], k[0, :299], v[0, :299], [0, 300])),
         ("q", lambda: flash_prefill(q.clone().requires_grad_(), k, v)),

@@ -135,11 +135,15 @@ class Step:
         starts = np.cumsum([0, *self.query_lens[rows]])
         block_table = self.block_table[torch.as_tensor(rows, device=self.device)]
         lens = (x[rows] for x in (self.seq_lens, self.host_lens, self.known_lens))
-        return common_metadata(common_values(starts, *lens, block_table, slot_mapping))
+        values = common_values(starts, *lens, block_table, slot_mapping)
+        if self.batch.said == "nothing":
+            del values["is_prefilling"]
+        return common_metadata(values)
 
     def build(self, side, common, rows=None):
         known = self.known_lens if rows is None else self.known_lens[rows]
-        with mock.patch.object(builder_module, "prompt_lengths", lambda computed: known):
+        lengths = known if self.batch.said == "lengths" else None
+        with mock.patch.object(builder_module, "prompt_lengths", lambda *_: lengths):
             return side.builder.build(0, common)
 
     def attend(self, side, metadata, common, tokens=slice(None), query=None):

@@ -1,7 +1,6 @@
 """Small batches for the FlashAttention classes of the installed vLLM and ours, on CPU tensors."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -139,12 +138,9 @@ class Classes(Side):
         Args:
             drafted: tokens of each request that were drafted before and not accepted, which the runner does not know.
         """
-        batch = SimpleNamespace(
-            num_reqs=len(step.requests),
-            num_computed_tokens_cpu=np.array([r.context_len for r in step.requests]) + drafted,
-            num_tokens_no_spec=np.array([r.prompt_len for r in step.requests]),
-        )
-        with mock.patch.object(prompt_lengths, "_watched", (prompt_lengths.INPUT_BATCH, batch)):
+        computed = np.array([r.context_len for r in step.requests]) + drafted
+        known = np.array([r.prompt_len for r in step.requests])
+        with mock.patch.object(prompt_lengths, "_watched", (computed, known)):
             return self.builder.build(common_prefix_len, step.common(**changes))
 
     def forward(self, step, metadata, inputs=None, **scales):

@@ -28,7 +28,11 @@ KINDS = {
 
 @dataclass
 class Batch:
-    """A step; `random_batch(seed, page_size)` makes it again."""
+    """A step; `random_batch(seed, page_size)` makes it again.
+
+    Attributes:
+        said: what the builder learns of prompts: their "lengths", "which" requests prefill, or "nothing".
+    """
 
     seed: int
     page_size: int
@@ -40,6 +44,7 @@ class Batch:
     alpha: float
     num_dense_tail_blocks: int
     min_sparse_tokens: int
+    said: str = "lengths"
 
     def config(self, alpha):
         options = {name: getattr(self, name) for name in ("num_dense_tail_blocks", "min_sparse_tokens")}
@@ -102,6 +107,7 @@ def random_batch(seed, page_size, longest=6000):
         alpha=float(rng.choice([0.1, 0.3, 0.6, 1.0])),
         num_dense_tail_blocks=int(rng.choice([0, 1, 2])),
         min_sparse_tokens=int(rng.choice([1, 100, 250, 400])),
+        said=str(rng.choice(["lengths", "which", "nothing"], p=[0.6, 0.2, 0.2])),
     )
 
 

@@ -24,6 +24,23 @@ def host_seq_lens(common: Any) -> torch.Tensor | None:
     return None
 
 
+def host_is_prefilling(common: Any) -> np.ndarray | None:
+    """[num_reqs] bool, which requests still prefill; None where vLLM does not say so on the host."""
+    is_prefilling = getattr(common, "is_prefilling", None)
+    if is_prefilling is None or is_prefilling.device.type != "cpu":
+        return None
+    return is_prefilling[: common.num_reqs].numpy()
+
+
+def first_request(common: Any) -> int:
+    """The row of a micro-batch's first request in the step's batch, 0 where this is the step's batch.
+
+    vLLM does not say it, but the micro-batch's block table is a part of the step's in memory.
+    """
+    table = common.block_table_tensor
+    return table.storage_offset() // table.stride(0) if table.stride(0) else 0
+
+
 def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | torch.Tensor]:
     """The part of a batch that some of its requests make up. Does not wait for the device.
 

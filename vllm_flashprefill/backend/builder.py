@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_flashprefill.backend.batch import host_seq_lens, select_requests
+from vllm_flashprefill.backend.batch import first_request, host_is_prefilling, host_seq_lens, select_requests
+from vllm_flashprefill.backend.layer_routing import check_layer_names
 from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.counters import recorder
@@ -47,6 +48,7 @@ class FlashPrefillBuilderMixin:
         super().__init__(*args, **kwargs)
         self.watch_model_runners()
         self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
+        check_layer_names(self.vllm_config.compilation_config.static_forward_context, self.flashprefill_config)
 
     def watch_model_runners(self) -> None:
         """Have this vLLM's model runners say how long prompts are."""
@@ -85,7 +87,8 @@ class FlashPrefillBuilderMixin:
                 query_start_loc,
                 seq_lens,
                 self.flashprefill_config,
-                prompt_lengths(seq_lens - np.diff(query_start_loc)),
+                prompt_lengths(seq_lens - np.diff(query_start_loc), first_request(common)),
+                host_is_prefilling(common),
             )
         except ValueError:
             # A dummy batch (an idle data-parallel rank's) need not describe requests.

@@ -18,7 +18,10 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
 
     Attributes:
         may_be_sparse: whether the kernels take this layer, as far as is known before it has a cache.
+        kernels_failed: whether they raised when they were warmed up for this kind of layer.
     """
+
+    kernels_failed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
@@ -54,4 +57,4 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
         k_cache, v_cache = self.paged_kv(kv_cache)
         if k_cache.shape[1] % PAGE_SIZE_MULTIPLE or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
             return DenseReason.KV_CACHE_LAYOUT
-        return None
+        return DenseReason.KERNEL_FAILED if self.kernels_failed else None

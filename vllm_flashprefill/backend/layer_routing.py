@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_flashprefill.config import FlashPrefillConfig
@@ -20,6 +21,21 @@ def layer_dense_reason(impl: Any, layer_name: str, config: FlashPrefillConfig) -
     if reason is None and config.num_dense_layers and layer_index(layer_name) < config.num_dense_layers:
         return DenseReason.DENSE_LAYER
     return reason
+
+
+def check_layer_names(layers: Mapping[str, Any], config: FlashPrefillConfig) -> None:
+    """See, before any step, that the index of each layer is known which `num_dense_layers` asks for.
+
+    Args:
+        layers: vLLM's layers by name; those without an impl of FlashPrefill are skipped.
+
+    Raises:
+        ValueError: one has no index in its name.
+    """
+    for name, layer in layers.items():
+        impl = getattr(layer, "impl", None)
+        if hasattr(impl, "flashprefill_config"):
+            layer_dense_reason(impl, name, config)
 
 
 def impl_dense_reason(impl: Any) -> DenseReason | None:
@@ -89,5 +105,7 @@ def layer_index(layer_name: str) -> int:
     """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer_name)
     if found is None:
-        raise ValueError(f"attention layer name {layer_name!r} carries no layer index")
+        raise ValueError(
+            f"flashprefill: attention layer {layer_name!r} has no layer index in its name, which num_dense_layers needs"
+        )
     return int(found.group(1))

@@ -1,8 +1,8 @@
 """How long each request's prefill is, which vLLM's attention metadata does not say.
 
 The dense tail belongs to the prompt, not to the chunk, so a step's plan needs to know where each prompt ends.
-vLLM's model runners know. `watch` makes a runner leave here, at every step, the object that says it, and the metadata
-builder reads it through `prompt_lengths`.
+vLLM's model runners know. `watch` makes a runner leave the lengths here, at every step, and the metadata builder reads
+them through `prompt_lengths`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,26 @@ class Source:
 
     Attributes:
         method: one that runs once a step, after the batch is known and before metadata is built.
-        batch: (runner, what the method returned) to the object that knows; the runner itself must not be kept alive.
-        lengths: that object, when metadata is built, to (tokens computed before this step, tokens known), each
-            [num_reqs] integers.
+        lengths: (runner, what the method returned) to (tokens computed before this step, tokens known), each
+            [num_reqs] integers that nothing changes later.
     """
 
     method: str
-    batch: Callable[[Any, Any], Any]
-    lengths: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    lengths: Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]
 
 
-INPUT_BATCH = Source(
-    "_may_reorder_batch",
-    lambda runner, _: runner.input_batch,
-    lambda batch: (batch.num_computed_tokens_cpu[: batch.num_reqs], batch.num_tokens_no_spec[: batch.num_reqs]),
-)
+def _input_batch_lengths(runner: Any, _: Any) -> tuple[np.ndarray, np.ndarray]:
+    batch = runner.input_batch
+    # For hybrid models vLLM 0.24.0 takes back refused drafts here after it has worked out the step's lengths.
+    return batch.num_computed_tokens_cpu[: batch.num_reqs].copy(), batch.num_tokens_no_spec[: batch.num_reqs].copy()
+
+
+INPUT_BATCH = Source("_may_reorder_batch", _input_batch_lengths)
 # vLLM's second model runner (vllm.v1.worker.gpu.model_runner).
-PREPARED_INPUTS = Source(
-    "prepare_inputs",
-    lambda _, inputs: inputs,
-    lambda inputs: (inputs.num_computed_tokens_np, inputs.prefill_len_np),
-)
+PREPARED_INPUTS = Source("prepare_inputs", lambda _, inputs: (inputs.num_computed_tokens_np, inputs.prefill_len_np))
 
-_watched: tuple[Source, Any] | None = None
+# Of the step that runs: tokens computed before it, and known.
+_watched: tuple[np.ndarray, np.ndarray] | None = None
 _wrapped: list[tuple[type, Source]] = []
 
 
@@ -63,7 +60,7 @@ def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _watched
         result = original(self, *args, **kwargs)
-        _watched = source, source.batch(self, result)
+        _watched = source.lengths(self, result)
         return result
 
     watched._flashprefill_original = original
@@ -86,22 +83,30 @@ def unwatch_all() -> None:
         unwatch(*_wrapped.pop())
 
 
-def prompt_lengths(num_computed_tokens: np.ndarray) -> np.ndarray | None:
+def prompt_lengths(num_computed_tokens: np.ndarray, first_request: int | None = None) -> np.ndarray | None:
     """Tokens known of each request: its prompt, and what it had generated if it is being recomputed.
 
     Args:
         num_computed_tokens: [num_reqs] integers of the batch that metadata is being built for; requests of padding
             may follow the batch's own.
+        first_request: where that batch is a micro-batch, its first request's row in the step's batch. The micro-batch
+            before may have begun that request.
 
     Returns:
-        [num_reqs] int32, or None where the watched batch is not this one (a dummy run, a part of a batch).
+        [num_reqs] int32, or None where the step's batch is not this one, nor this a part of it (a dummy run).
     """
     if _watched is None:
         return None
-    source, batch = _watched
-    computed, known = source.lengths(batch)
+    computed, known = _watched
+    if first_request is not None:
+        last_request = first_request + len(num_computed_tokens)
+        computed, known = computed[first_request:last_request], known[first_request:last_request]
     num_reqs = len(computed)
-    if num_reqs > len(num_computed_tokens) or not np.array_equal(computed, num_computed_tokens[:num_reqs]):
+    if not 0 < num_reqs <= len(num_computed_tokens):
+        return None
+    given = num_computed_tokens[:num_reqs]
+    is_begun = first_request is not None and given[0] > computed[0]
+    if not (is_begun or given[0] == computed[0]) or not np.array_equal(computed[1:], given[1:]):
         return None
     lengths = np.zeros(len(num_computed_tokens), dtype=np.int32)
     lengths[:num_reqs] = known

@@ -16,8 +16,9 @@ from vllm_flashprefill.plan import SparseRequest, StepPlan
 
 logger = logging.getLogger("vllm.flashprefill")
 
-# What the kernels were compiled for in this process.
+# What the kernels were compiled for in this process, and what of it they do not run for.
 _compiled: set[tuple] = set()
+_failed: set[tuple] = set()
 
 
 def compile_kernels(
@@ -31,36 +32,56 @@ def compile_kernels(
     """Run the kernels once for each kind of layer, so that no request waits for a compiler.
 
     Lengths, thresholds and the batch are arguments of the kernels at run time; what they are compiled for is here.
+    Layers for which they fail, on a GPU with too little shared memory for one, are dense; the engine serves.
     """
     if page_size % PAGE_SIZE_MULTIPLE or dtype not in DTYPES:
         return
     for impl in impls:
+        if not impl.may_be_sparse:
+            continue
         config = impl.flashprefill_config
         constants = config.row_share, config.num_sink_blocks, config.num_window_blocks
         kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtype, device, constants)
-        if not impl.may_be_sparse or kind in _compiled:
-            continue
-        _compiled.add(kind)
-        started = time.perf_counter()
-        length = 256
-        num_pages = -(-length // page_size)
-        cache = new_cache(num_pages, page_size, impl.num_kv_heads, impl.head_size, dtype, device).zero_()
-        q = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
-        flash_prefill_paged(
-            q,
-            KeyValues(*impl.paged_kv(cache), torch.arange(num_pages, dtype=torch.int32, device=device)[None]),
-            StepPlan((SparseRequest(0, 0, length, 0, length),)),
-            config=config,
-            softmax_scale=impl.scale,
-            out=torch.empty_like(q),
-            block_counts=torch.zeros(2, dtype=torch.int64, device=device),
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        logger.info(
-            "FlashPrefill: compiled its kernels for %d/%d heads of %d, %s, pages of %d in %.1f s",
-            *kind[:3],
-            dtype,
-            page_size,
-            time.perf_counter() - started,
-        )
+        if kind not in _compiled:
+            _compiled.add(kind)
+            described = f"{impl.num_heads}/{impl.num_kv_heads} heads of {impl.head_size}, {dtype}, pages of {page_size}"
+            started = time.perf_counter()
+            try:
+                _run_kernels(impl, new_cache, page_size, dtype, device)
+            except Exception as error:
+                _failed.add(kind)
+                logger.warning(
+                    "FlashPrefill: layers with %s stay dense, since the kernels do not run for them: %s: %s",
+                    described,
+                    type(error).__name__,
+                    error,
+                )
+            else:
+                logger.info(
+                    "FlashPrefill: compiled its kernels for %s in %.1f s", described, time.perf_counter() - started
+                )
+        impl.kernels_failed = kind in _failed
+
+
+def _run_kernels(
+    impl: FlashAttnImplMixin,
+    new_cache: Callable[..., torch.Tensor],
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    length = 256
+    num_pages = -(-length // page_size)
+    cache = new_cache(num_pages, page_size, impl.num_kv_heads, impl.head_size, dtype, device).zero_()
+    q = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
+    flash_prefill_paged(
+        q,
+        KeyValues(*impl.paged_kv(cache), torch.arange(num_pages, dtype=torch.int32, device=device)[None]),
+        StepPlan((SparseRequest(0, 0, length, 0, length),)),
+        config=impl.flashprefill_config,
+        softmax_scale=impl.scale,
+        out=torch.empty_like(q),
+        block_counts=torch.zeros(2, dtype=torch.int64, device=device),
+    )
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

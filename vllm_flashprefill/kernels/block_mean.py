@@ -15,6 +15,8 @@ from vllm_flashprefill.key_values import KeyValues
 # Means are kept in float16 whatever the keys are: 8 times finer than bfloat16, and a mean key beyond its range
 # (65504) is no real model's; such a value is clamped.
 MEAN_DTYPE = torch.float16
+# What CUDA takes of a grid's third dimension.
+MAX_REQUESTS = 65_535
 
 
 @triton.jit(do_not_specialize=["num_mean_rows", "stride_table", "stride_k_scale"])
@@ -76,22 +78,24 @@ def block_mean(kv: KeyValues, schedule: Schedule, out: torch.Tensor | None = Non
     head_size = k.shape[3]
     if out is None:
         out = k.new_empty((kv.num_heads, schedule.num_mean_rows, head_size), dtype=MEAN_DTYPE)
-    grid = (schedule.max_key_blocks, kv.num_heads, len(schedule.requests))
-    _block_mean_kernel[grid](
-        k,
-        out,
-        kv.block_table,
-        schedule.requests,
-        kv.k_scale,
-        *k.stride()[:3],
-        kv.table_stride,
-        scale_stride(kv.k_scale),
-        out.shape[1],
-        HEAD_SIZE=head_size,
-        BLOCK=BLOCK_SIZE,
-        PAGE_SIZE=kv.page_size,
-        FP8=kv.fp8,
-        FP8_NATIVE=has_e4m3_instruction(k.device),
-        num_warps=4,
-    )
+    rows = schedule.requests
+    for requests in (rows,) if len(rows) <= MAX_REQUESTS else rows.split(MAX_REQUESTS):
+        grid = (schedule.max_key_blocks, kv.num_heads, len(requests))
+        _block_mean_kernel[grid](
+            k,
+            out,
+            kv.block_table,
+            requests,
+            kv.k_scale,
+            *k.stride()[:3],
+            kv.table_stride,
+            scale_stride(kv.k_scale),
+            out.shape[1],
+            HEAD_SIZE=head_size,
+            BLOCK=BLOCK_SIZE,
+            PAGE_SIZE=kv.page_size,
+            FP8=kv.fp8,
+            FP8_NATIVE=has_e4m3_instruction(k.device),
+            num_warps=4,
+        )
     return out

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,6 +83,8 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     try:
         apply()
         engine_checks.check_engines()
+        # The processes of an engine are started after its config is made.
+        engine_checks.on_engine_config(lambda _: counters.share_stats())
     except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A module, a name, a member of its enum or an argument is not there.
         undo.run()
@@ -93,9 +96,9 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
         undo.run()
         raise
     undo.set_variable(ENV_ENABLE, "1")
-    counters.share_stats()
     undo.on_revert(counters.unshare_stats)
     undo.on_revert(prompt_lengths.unwatch_all)
+    undo.on_revert(lambda: _forget_module(loader_name))
     _registered = name
     logger.info("FlashPrefill is registered for vLLM %s", installed_vllm())
 
@@ -118,3 +121,10 @@ def _check_plugin_is_found() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN_NAME not in allowed.split(","):
         raise RuntimeError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading FlashPrefill; add {PLUGIN_NAME} to it")
+
+
+def _forget_module(name: str) -> None:
+    """Have the next import of a loader run it again."""
+    sys.modules.pop(name, None)
+    package, _, attribute = name.rpartition(".")
+    vars(sys.modules[package]).pop(attribute, None)

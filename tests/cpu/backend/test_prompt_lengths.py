@@ -71,6 +71,36 @@ def test_another_batch_has_none(watched):
     assert prompt_lengths(np.array([0])) is None
 
 
+def test_lengths_that_are_corrected_later_are_those_of_the_step(watched):
+    """For hybrid models vLLM takes refused drafts back after it has worked out the step's lengths."""
+    runner, step = watched
+    step(runner)
+    if isinstance(runner, Runner):
+        runner.input_batch.num_computed_tokens_cpu[1] -= 2
+        runner.input_batch.num_tokens_no_spec[1] -= 2
+    assert prompt_lengths(np.array([0, 512])).tolist() == [4000, 900]
+
+
+@pytest.mark.parametrize(
+    ("computed", "first_request", "lengths"),
+    [
+        ([0], 0, [4000]),
+        ([512], 1, [900]),
+        ([1500], 0, [4000]),  # the micro-batch before has the request's first tokens
+        ([1500, 512], 0, [4000, 900]),
+        ([600, 0], 1, [900, 0]),
+        ([500], 1, None),
+        ([0, 500], 0, None),
+        ([0], 2, None),
+    ],
+)
+def test_a_micro_batch_has_the_lengths_of_its_requests(watched, computed, first_request, lengths):
+    runner, step = watched
+    step(runner)
+    found = prompt_lengths(np.array(computed), first_request)
+    assert lengths == (None if found is None else found.tolist())
+
+
 def test_requests_of_padding_have_no_prompt(watched):
     runner, step = watched
     step(runner)

@@ -77,3 +77,31 @@ def test_all_stages_interpreted(group):
 @needs_triton
 def test_every_e4m3_code_is_read_as_what_it_stands_for():
     run_interpreted("from tests.support.kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")
+
+
+@needs_triton
+def test_more_requests_than_a_grid_takes_are_pooled_in_several_launches():
+    run_interpreted(
+        IMPORTS
+        + """
+from types import SimpleNamespace
+from vllm_flashprefill.kernels import block_mean
+from vllm_flashprefill.key_values import KeyValues
+
+class Kernel:
+    grids = []
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **options: None
+
+schedule = SimpleNamespace(requests=torch.zeros(140_000, 8, dtype=torch.int32), max_key_blocks=1, num_mean_rows=1)
+kernel, block_mean._block_mean_kernel = block_mean._block_mean_kernel, Kernel()
+k = torch.zeros(1, 16, 3, 64)
+block_mean.block_mean(KeyValues(k, k), schedule)
+assert Kernel.grids == [(1, 3, 65_535), (1, 3, 65_535), (1, 3, 8_930)], Kernel.grids
+
+block_mean._block_mean_kernel, block_mean.MAX_REQUESTS = kernel, 2
+config = sparse_config(alpha=0.3)
+check_all(make_batch(config=config, requests=[Request(150), Request(1), Request(129)]), config, 0.125)
+"""
+    )

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.support.attention import flash_attention, plain_kernels
-from tests.support.batch_checks import run_batches
+from tests.support.batch_checks import Pair, check, run_batches
 from tests.support.engines import vllm_version
+from tests.support.random_batch import Batch
+from tests.support.request import Request
 from tests.support.vllm_side import Shape
 
 
@@ -44,3 +46,27 @@ def test_batches(shape):
         pytest.skip("this vLLM makes no configuration with an fp8 cache on a CPU")
     kept, visible = run_batches(shape, torch.device("cpu"), range(4), longest=500)
     assert kept == visible > 0 if shape.quantised else 0 < kept < visible
+
+
+@pytest.mark.parametrize("said", ["lengths", "which", "nothing"])
+@pytest.mark.parametrize("num_dense_tail_blocks", [0, 1])
+def test_decodes_with_drafted_tokens_are_vllms_own(said, num_dense_tail_blocks):
+    """Where the host counts refused ones too, a plan made of its lengths would read what is not there yet."""
+    shape = Shape(4, 2, 64, torch.bfloat16, 16)
+    requests = [Request(8, 500, -7, refused=7), Request(300), Request(6, 320, -5)]
+    check(
+        Batch(
+            seed=1,
+            page_size=16,
+            requests=requests,
+            padding=0,
+            heads_first=False,
+            fused_qkv=False,
+            full_graphs=False,
+            alpha=1.0,
+            num_dense_tail_blocks=num_dense_tail_blocks,
+            min_sparse_tokens=1,
+            said=said,
+        ),
+        Pair(shape, torch.device("cpu"), full_graphs=False),
+    )

@@ -93,6 +93,25 @@ def test_lengths_from_the_second_model_runner(calls, monkeypatch):
     assert metadata.flashprefill.plan.dense_tokens == {DenseReason.DECODE: 1}
 
 
+def test_micro_batches_know_where_their_prompts_end(calls, monkeypatch):
+    """vLLM's own halves of a step; a request that lies in both is cut where the first half ends."""
+    ubatch_utils = pytest.importorskip("vllm.v1.worker.ubatch_utils", reason="this vLLM has no micro-batches")
+    from vllm.v1.worker.gpu_model_runner import split_attn_metadata
+
+    step = Step([Request(1, 400), Request(500, 200, 300), Request(600, 0, 400)], 16, 0)
+    classes = Classes(SPARSE)
+    computed, known = np.array([400, 200, 0]), np.array([401, 1000, 1000])
+    monkeypatch.setattr(prompt_lengths, "_watched", (computed, known))
+    halves = [
+        ubatch_utils.UBatchSlice(slice(0, 2), slice(0, 301)),
+        ubatch_utils.UBatchSlice(slice(1, 3), slice(301, 1101)),
+    ]
+    plans = [classes.builder.build(0, half).flashprefill.plan for half in split_attn_metadata(halves, step.common())]
+    found = [[(r.index, r.context_len, r.query_len, r.prompt_len) for r in plan.sparse] for plan in plans]
+    assert found == [[(1, 200, 300, 1000)], [(0, 500, 200, 1000), (1, 0, 600, 1000)]]
+    assert [plan.dense_tokens for plan in plans] == [{DenseReason.DECODE: 1}, {}]
+
+
 @since_0_24
 def test_both_model_runners_are_watched_until_the_backend_is_reverted(calls):
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Second

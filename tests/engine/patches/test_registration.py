@@ -150,6 +150,32 @@ def test_revert_undoes_everything():
     assert json.loads(os.environ["FLASHPREFILL_CODE_OPTIONS"]) == {"alpha": 0.25}
 
 
+@pytest.mark.parametrize("package", ["patches", "vllm_flashprefill.patches"])
+def test_importing_the_loader_again_after_revert_registers_again(package, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    before = patched()
+    exec(f"from {package} import {LOADER}")
+    once = patched()
+    vllm_flashprefill.revert()
+    assert patched() == before != once
+    exec(f"from {package} import {LOADER}")
+    assert patched() == once
+
+
+def test_counters_have_a_folder_from_an_engines_config_to_revert():
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_flashprefill.register()
+    assert "FLASHPREFILL_STATS_DIR" not in os.environ, "two engines of this process's children would share it"
+    EngineArgs(**engine_arguments()).create_engine_config()
+    folder = os.environ["FLASHPREFILL_STATS_DIR"]
+    assert os.path.isdir(folder)
+    EngineArgs(**engine_arguments()).create_engine_config()
+    assert os.environ["FLASHPREFILL_STATS_DIR"] == folder
+    vllm_flashprefill.revert()
+    assert "FLASHPREFILL_STATS_DIR" not in os.environ
+
+
 def test_registering_again_with_the_same_options_is_nothing_new():
     vllm_flashprefill.register(alpha=0.5)
     once = patched()
