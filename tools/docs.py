@@ -1,7 +1,8 @@
 """Write the tables and plots of README.md and docs/ from the rows in results/*.csv: `make docs`.
 
 A table stands between `<!-- rows: NAME -->` and `<!-- end -->`; NAME is one of TABLES below. Plots are drawn again
-where their rows or their drawing changed, which needs matplotlib. tests/cpu/test_docs.py fails where either is old.
+where their rows or their drawing changed, which needs matplotlib. tests/cpu/tools/test_docs.py fails where either is
+old.
 """
 
 from __future__ import annotations

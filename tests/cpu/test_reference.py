@@ -2,12 +2,12 @@ import dataclasses
 import itertools
 from unittest import mock
 
-import brute_force
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import brute_force
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill_varlen
 from vllm_flashprefill.cpu import block_select, sparse_attention

@@ -12,33 +12,19 @@ from vllm_flashprefill import counters
 from vllm_flashprefill.routing import DenseReason
 
 
-@pytest.fixture
-def nothing_shared(monkeypatch):
-    monkeypatch.delenv("FLASHPREFILL_STATS_DIR", raising=False)
-    monkeypatch.delenv("FLASHPREFILL_LOG_STATS", raising=False)
-    monkeypatch.setattr(counters, "_recorder", None)
-
-
-@pytest.fixture
-def shared(nothing_shared):
-    counters.share_stats()
-    yield os.environ["FLASHPREFILL_STATS_DIR"]
-    counters.unshare_stats()
-
-
 def work():
     counters.recorder().add_sparse(100, kept_blocks=30, visible_blocks=60, selection=0.5, attention=1.5)
     counters.recorder().add_dense(DenseReason.DECODE, 7)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_counters_of_all_processes_add_up(shared, method):
+def test_counters_of_all_processes_add_up(shared_stats, method):
     work()
     child = multiprocessing.get_context(method).Process(target=work)
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert len(os.listdir(shared)) == 2, "each process has a file of its own"
+    assert len(os.listdir(shared_stats)) == 2, "each process has a file of its own"
     total = counters.read_stats()
     assert (total.sparse_tokens, total.kept_blocks, total.visible_blocks) == (200, 60, 120)
     assert total.dense_tokens == {"decode": 14}
@@ -63,12 +49,12 @@ def start_server(tokens):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_servers_of_one_launcher_count_for_themselves(shared):
+def test_servers_of_one_launcher_count_for_themselves(shared_stats):
     work()
     servers = [start_server(tokens) for tokens in (3, 5)]
     answers = [json.loads(server.communicate("go\n")[0]) for server in servers]
     assert [counted for _, counted in answers] == [{"decode": 3}, {"decode": 5}]
-    assert len({shared, *(folder for folder, _ in answers)}) == 3
+    assert len({shared_stats, *(folder for folder, _ in answers)}) == 3
     assert not any(os.path.exists(folder) for folder, _ in answers), "they go when their server ends"
     assert counters.read_stats().dense_tokens == {"decode": 7}
 
@@ -111,10 +97,10 @@ subprocess.Popen([sys.executable, "-c", {SERVER!r}, "3"], stdin=0, stdout=open(s
     assert json.loads(answer.read_text())[1] == {"decode": 3}
 
 
-def test_a_folder_that_is_gone_is_made_anew(shared, monkeypatch):
-    os.rmdir(shared)
+def test_a_folder_that_is_gone_is_made_anew(shared_stats, monkeypatch):
+    os.rmdir(shared_stats)
     counters.share_stats()
-    assert os.environ["FLASHPREFILL_STATS_DIR"] != shared
+    assert os.environ["FLASHPREFILL_STATS_DIR"] != shared_stats
     work()
     assert counters.read_stats().dense_tokens == {"decode": 7}
 
@@ -127,11 +113,11 @@ def warnings(monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", ["full", "not writable", "gone"])
-def test_without_a_file_a_process_counts_for_itself(shared, warnings, trouble):
+def test_without_a_file_a_process_counts_for_itself(shared_stats, warnings, trouble):
     if trouble == "not writable":
-        (Path(shared) / f"{os.getpid()}.f64").mkdir()
+        (Path(shared_stats) / f"{os.getpid()}.f64").mkdir()
     elif trouble == "gone":
-        os.rmdir(shared)
+        os.rmdir(shared_stats)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0 if trouble == "full" else limits[0], limits[1]))
     try:
@@ -156,7 +142,7 @@ def test_without_a_folder_a_process_counts_for_itself(nothing_shared, warnings, 
     assert counters.read_stats().dense_tokens == {"decode": 7}
 
 
-def test_a_difference_is_what_happened_between(shared):
+def test_a_difference_is_what_happened_between(shared_stats):
     work()
     before = counters.read_stats()
     counters.recorder().add_dense(DenseReason.SHORT_PROMPT, 5)
@@ -170,14 +156,14 @@ def test_nothing_registered_is_nothing_counted(monkeypatch):
     assert counters.read_stats() == counters.Stats()
 
 
-def test_what_the_log_says(shared):
+def test_what_the_log_says(shared_stats):
     work()
     assert str(counters.read_stats()) == (
         "density 50.0%, sparse 93.5% of 107 layer-tokens, selection 0.50 s, attention 1.50 s, dense: decode 7"
     )
 
 
-def test_the_log_comes_at_intervals(shared, monkeypatch):
+def test_the_log_comes_at_intervals(shared_stats, monkeypatch):
     lines = []
     now = [0.0]
     monkeypatch.setenv("FLASHPREFILL_LOG_STATS", "5")

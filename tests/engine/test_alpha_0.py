@@ -1,7 +1,8 @@
 """alpha 0 keeps every block: whatever the scheduler makes of a batch, the answers are dense attention's."""
 
 import pytest
-from conftest import EXACT, LAYERS, assert_same, engine
+
+from tests.support.engines import EXACT, LAYERS, assert_same, engine
 
 EDGES = [1, 127, 128, 129]
 RAGGED = [200, 256, 300, 333, 411, 512]

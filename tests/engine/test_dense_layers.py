@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import MODEL, answer, assert_same, engine_arguments, free_engine, vllm_version
 
 import vllm_flashprefill
+from tests.support import MODEL
+from tests.support.engine_job import answer
+from tests.support.engines import assert_same, engine_arguments, free_engine, vllm_version
 
 if vllm_version() == "0.10.0":
     pytest.skip(

@@ -1,7 +1,8 @@
 """alpha above 0: chunks, mixed batches and needles."""
 
 import pytest
-from conftest import BARE, assert_same, engine, vllm_version
+
+from tests.support.engines import BARE, assert_same, engine, vllm_version
 
 SPARSE = {"alpha": 0.3, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 2}
 

@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from conftest import BARE, MODEL, assert_same, engine, run_engine, vllm_version
+
+from tests.support import MODEL
+from tests.support.engines import BARE, assert_same, engine, run_engine, vllm_version
 
 if vllm_version() != "0.12.0":
     pytest.skip("one version's workers are enough, and 0.12.0's is the quickest", allow_module_level=True)

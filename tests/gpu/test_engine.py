@@ -3,19 +3,16 @@
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models/SmolLM2-135M-Instruct"
+from tests.support import MODEL, ROOT
+from tests.support.jobs import run_job
+
 NUM_REQUESTS = int(os.environ.get("FLASHPREFILL_TEST_REQUESTS", "200"))
 LONGEST = 60_000
 MAX_TOKENS = 16
@@ -56,7 +53,7 @@ def measures_free_memory():
     return "kv_cache_memory_bytes" not in {field.name for field in dataclasses.fields(EngineArgs)}
 
 
-def run(folder, name, prompts, chunk, options):
+def run(folder, prompts, chunk, options):
     engine = dict(
         model=str(MODEL),
         hf_overrides={"max_position_embeddings": 65_536},
@@ -75,20 +72,16 @@ def run(folder, name, prompts, chunk, options):
     else:
         # All start at once, and each looks whether the share of the memory that it is given is free.
         engine |= {"kv_cache_memory_bytes": 10 << 30, "gpu_memory_utilization": 0.15}
-    job, result = folder / f"{name}.job", folder / f"{name}.json"
     lock = str(folder / "lock") if measures_free_memory() else None
-    arguments = dict(engine=engine, prompts=prompts, max_tokens=MAX_TOKENS, options=options, start_lock=lock)
-    job.write_text(json.dumps(arguments))
+    job = dict(engine=engine, prompts=prompts, max_tokens=MAX_TOKENS, options=options, start_lock=lock)
     # FlashPrefill refuses what it does not know, such as the variables of these tests.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLASHPREFILL")}
     environment = {
         **inherited, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).parent / "engine_job.py"), str(job), str(result)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return json.loads(result.read_text())
+    result, _ = run_job("gpu_engine_job", job, environment, timeout=500)
+    return result
 
 
 def compare(ours, theirs):
@@ -118,7 +111,7 @@ def test_alpha_0_gives_the_default_backends_tokens(tmp_path):
         f"{who} {chunk}": (chunk, o) for chunk in (2048, 8192) for who, o in (("default", None), ("flash", ALPHA_0))
     }
     with ThreadPoolExecutor(len(runs)) as pool:
-        results = dict(zip(runs, pool.map(lambda n: run(tmp_path, n, prompts, *runs[n]), runs), strict=True))
+        results = dict(zip(runs, pool.map(lambda n: run(tmp_path, prompts, *runs[n]), runs), strict=True))
 
     # What chunking alone changes in vLLM's own results is the noise.
     noise = compare(results["default 2048"], results["default 8192"])

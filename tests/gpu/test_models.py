@@ -5,10 +5,7 @@ A kind whose parts of vLLM are not installed, or that vLLM alone is known to ref
 
 import importlib.metadata
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +18,10 @@ if not importlib.metadata.version("vllm").startswith("0.24."):
     pytest.skip("the kinds are written as vLLM 0.24.0 reads them", allow_module_level=True)
 pytest.importorskip("transformers")
 
-from model_job import RESULT
-from model_kinds import IMAGE, KINDS, NUM_TEXT_TOKENS, VISION_END, VISION_START, write
+from tests.support import ROOT
+from tests.support.jobs import Failed, run_job
+from tests.support.model_kinds import IMAGE, KINDS, NUM_TEXT_TOKENS, VISION_END, VISION_START, write
 
-ROOT = Path(__file__).parents[2]
 # The prompts of at least MIN_SPARSE tokens do not fit one step of 1,024 together.
 LENGTHS = [3000, 1500, 700, 40, 130, 1000]
 MIN_SPARSE = 256
@@ -38,10 +35,6 @@ OPTIONS = {
     "FLASHPREFILL_NUM_DENSE_TAIL_BLOCKS": "0",
 }
 OF_A_REQUEST = {"decode", "short_prompt", "nothing_to_prune"}
-
-
-class Failed(Exception):
-    """A process failed; the message is what it wrote."""
 
 
 def make_job(kind, folder):
@@ -79,20 +72,7 @@ def run(job, plugin_path, options):
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("model_job.py")],
-        cwd=ROOT,
-        env={**env, **options},
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    log = done.stdout + done.stderr
-    if done.returncode != 0:
-        raise Failed(log)
-    (result,) = (line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT))
-    return json.loads(result), log
+    return run_job("model_job", job, {**env, **options}, timeout=400)
 
 
 @pytest.mark.parametrize("name", KINDS)

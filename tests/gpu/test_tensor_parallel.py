@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from model_kinds import Kind, llama, write
-from test_models import OPTIONS, check_answer, check_stats, make_job, run
+
+from tests.gpu.test_models import OPTIONS, check_answer, check_stats, make_job, run
+from tests.support.model_kinds import Kind, llama, write
 
 # Without NVLink multicast, which not every host can have.
 NO_MULTICAST = {

@@ -1,0 +1,107 @@
+"""The GPU tests' checks at small shapes, the kernels run by Triton's interpreter, in processes of their own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+IMPORTS = """
+import torch
+from tests.support.kernel_cases import check_all, make_batch, sparse_config
+from tests.support.request import Request
+"""
+
+# One process runs a group, since each one imports torch: (alpha, arguments of `make_batch`).
+GROUPS = {
+    "paged": {
+        "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
+        "chunks_at_alpha_0": (0.0, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
+        "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
+        "pages_of_256": (0.3, "page_size=256, requests=[Request(260, 640)], heads_first=True, fused_qkv=True"),
+    },
+    "plain": {
+        "ragged": (0.3, "requests=[Request(1100), Request(128), Request(1), Request(257)]"),
+        "slabs": (0.3, "requests=[Request(900)], slab_bytes=300"),
+        "one_kv_head": (0.3, "requests=[Request(800)], heads=3, kv_heads=1, dim=128"),
+    },
+    "row_share": {
+        "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
+        "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
+        "one_kv_head": (0.3, "requests=[Request(800), Request(520)], heads=3, kv_heads=1, dim=128"),
+        "e4m3": (
+            0.3, "page_size=128, requests=[Request(500, 240, 128), Request(129)], kv_dtype=torch.uint8, "
+            "kv_scales='head'"
+        ),
+        "alpha_0": (0.0, "page_size=16, requests=[Request(700, 57)]"),
+    },
+    "e4m3": {
+        "scales_of_heads": (
+            0.3,
+            "page_size=16, requests=[Request(300, 640, 128), Request(129)], kv_dtype=torch.uint8, kv_scales='head', "
+            "dtype=torch.bfloat16",
+        ),
+        "one_scale": (
+            0.3, "page_size=48, requests=[Request(500, 40, 128)], kv_dtype=torch.float8_e4m3fn, kv_scales='one'"
+        ),
+        "no_scale": (0.3, "page_size=256, requests=[Request(450)], kv_dtype=torch.uint8, dim=128"),
+    },
+}  # fmt: skip
+
+
+def run_interpreted(code):
+    # TRITON_INTERPRET must be set before Triton is imported.
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, f"{run.stdout[-1000:]}{run.stderr[-3000:]}"
+
+
+@needs_triton
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_stages_interpreted(group):
+    options = ", min_share=0.1" if group == "row_share" else ""
+    cases = "\n".join(
+        f"print({name!r}, flush=True)\n"
+        f"config = sparse_config(alpha={alpha}{options})\n"
+        f"check_all(make_batch(config=config, {batch}), config, 0.125)"
+        for name, (alpha, batch) in GROUPS[group].items()
+    )
+    run_interpreted(IMPORTS + cases)
+
+
+@needs_triton
+def test_every_e4m3_code_is_read_as_what_it_stands_for():
+    run_interpreted("from tests.support.kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")
+
+
+@needs_triton
+def test_more_requests_than_a_grid_takes_are_pooled_in_several_launches():
+    run_interpreted(
+        IMPORTS
+        + """
+from types import SimpleNamespace
+from vllm_flashprefill.kernels import block_mean
+from vllm_flashprefill.key_values import KeyValues
+
+class Kernel:
+    grids = []
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **options: None
+
+schedule = SimpleNamespace(requests=torch.zeros(140_000, 8, dtype=torch.int32), max_key_blocks=1, num_mean_rows=1)
+kernel, block_mean._block_mean_kernel = block_mean._block_mean_kernel, Kernel()
+k = torch.zeros(1, 16, 3, 64)
+block_mean.block_mean(KeyValues(k, k), schedule)
+assert Kernel.grids == [(1, 3, 65_535), (1, 3, 65_535), (1, 3, 8_930)], Kernel.grids
+
+block_mean._block_mean_kernel, block_mean.MAX_REQUESTS = kernel, 2
+config = sparse_config(alpha=0.3)
+check_all(make_batch(config=config, requests=[Request(150), Request(1), Request(129)]), config, 0.125)
+"""
+    )

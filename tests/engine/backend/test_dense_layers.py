@@ -1,0 +1,86 @@
+"""Layers and calls of the impl that are vLLM's own, whatever the step."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.support.flash_attn_step import (
+    DTYPE,
+    EXACT,
+    HEAD_SIZE,
+    KV_DIM,
+    KV_HEADS,
+    Classes,
+    Step,
+    assert_dense,
+    new_cache,
+)
+from tests.support.request import Request
+from tests.support.vllm_side import counted
+from vllm_flashprefill import counters
+from vllm_flashprefill.routing import DenseReason
+
+
+def test_a_profile_run_is_vllms_own(calls):
+    classes = Classes(EXACT)
+    step = Step([Request(600)], 16, 0)
+    calls.clear()
+    with counted() as count:
+        classes.forward(step, None)
+    assert len(calls) == 1
+    assert count.stats == counters.Stats()
+
+
+def test_a_quantised_output_is_refused_by_vllm(calls):
+    classes = Classes(EXACT)
+    step = Step([Request(600)], 16, 0)
+    with pytest.raises(NotImplementedError, match="output quantization"):
+        classes.forward(step, classes.build(step), output_scale=torch.ones(1))
+
+
+def test_cascade_attention(calls, monkeypatch):
+    from vllm.v1.attention.backends import flash_attn
+
+    cascades = []
+    monkeypatch.setattr(flash_attn, "cascade_attention", lambda *args, **kwargs: cascades.append(kwargs))
+    classes = Classes(EXACT)
+    decoding = Step([Request(1, 400), Request(1, 300)], 16, 0)
+    metadata = classes.build(decoding, common_prefix_len=256)
+    assert metadata.use_cascade
+    classes.forward(decoding, metadata)
+    assert len(cascades) == 1
+    mixed = Step([Request(1, 400), Request(600, 300)], 16, 0)
+    metadata = classes.build(mixed, common_prefix_len=256)
+    assert metadata.use_cascade and not metadata.flashprefill.dense_metadata.use_cascade
+    assert_dense(mixed, classes.forward(mixed, metadata))
+    assert len(cascades) == 1
+
+
+def test_layers_the_kernels_do_not_take_are_dense(calls):
+    cache, _keys_and_values = new_cache(4, 16)
+
+    def reshaped(page_size=16, head_size=HEAD_SIZE):
+        return torch.zeros(2, 4, page_size, KV_HEADS, head_size, dtype=DTYPE).movedim(0, KV_DIM)
+
+    classes = Classes(EXACT)
+    assert classes.dense_reason(cache) is None
+    assert classes.dense_reason(cache.float()) is DenseReason.DTYPE
+    assert classes.dense_reason(reshaped(page_size=24)) is DenseReason.KV_CACHE_LAYOUT
+    strided = torch.zeros(cache.shape[::-1], dtype=DTYPE).permute(4, 3, 2, 1, 0)
+    assert classes.dense_reason(strided) is DenseReason.KV_CACHE_LAYOUT
+    odd = Classes(EXACT, head_size=96)
+    assert odd.dense_reason(reshaped(head_size=96)) is DenseReason.HEAD_SIZE
+    assert not odd.impl.may_be_sparse
+    assert Classes(EXACT, sliding_window=64).dense_reason(cache) is DenseReason.SLIDING_WINDOW
+
+
+def test_a_dense_layer_takes_a_mixed_step_whole(calls):
+    classes = Classes(dataclasses.replace(EXACT, num_dense_layers=2))
+    step = Step([Request(1, 400), Request(600)], 16, 5)
+    metadata = classes.build(step)
+    calls.clear()
+    with counted() as count:
+        assert_dense(step, classes.forward(step, metadata))
+    assert [call["attn_metadata"] for call in calls] == [metadata]
+    assert count.stats == counters.Stats(dense_tokens={"dense_layer": 601})

@@ -1,0 +1,295 @@
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.support.bad_input import bad_calls
+from tests.support.kernel_cases import (
+    check_all,
+    check_attention,
+    check_e4m3_codes,
+    check_select,
+    make_batch,
+    planned_batch,
+    sparse_config,
+    split,
+)
+from tests.support.request import Request, structured
+from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
+from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.plan import plan_step
+from vllm_flashprefill.reference import flash_prefill_paged_ref
+
+SCALE = 0.125
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [0, 16, 48, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"min_share": 0.1}], ids=str)
+def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
+    config = sparse_config(**options)
+    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
+    if not page_size:
+        requests = [Request(3000), Request(1), Request(129), Request(128), Request(2001)]
+    check_all(
+        make_batch(requests, page_size=page_size, dim=dim, dtype=dtype, device="cuda", config=config), config, SCALE
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize(
+    "kv_dtype, kv_scales", [(torch.uint8, "head"), (torch.uint8, "one"), (torch.float8_e4m3fn, "none")]
+)
+def test_e4m3_cache(kv_dtype, kv_scales, page_size, dim, dtype):
+    config = sparse_config()
+    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640)]
+    batch = make_batch(
+        requests, page_size=page_size, dim=dim, dtype=dtype, kv_dtype=kv_dtype, kv_scales=kv_scales,
+        device="cuda", config=config,
+    )  # fmt: skip
+    check_all(batch, config, SCALE)
+
+
+def test_e4m3_codes():
+    for native in (False, *([True] if torch.cuda.get_device_capability() >= (8, 9) else [])):
+        check_e4m3_codes("cuda", native=native)
+
+
+def test_e4m3_without_the_instruction(monkeypatch):
+    from vllm_flashprefill.kernels import block_mean, sparse_attention
+
+    for module in (block_mean, sparse_attention):
+        monkeypatch.setattr(module, "has_e4m3_instruction", lambda device: False)
+    config = sparse_config()
+    for page_size in (16, 128):
+        batch = make_batch(
+            [Request(2000, 300)], page_size=page_size, dim=128, kv_dtype=torch.uint8, kv_scales="head",
+            device="cuda", config=config,
+        )  # fmt: skip
+        check_all(batch, config, SCALE)
+
+
+def test_paged_api_with_an_e4m3_cache():
+    config = sparse_config(alpha=0.0, min_sparse_tokens=1000)
+    batch, plan = planned_batch(
+        [Request(2000), Request(300)], config, page_size=16, device="cuda", kv_dtype=torch.float8_e4m3fn,
+        kv_scales="head", dim=128,
+    )  # fmt: skip
+    options = dict(config=config, softmax_scale=SCALE)
+    out = flash_prefill_paged(batch.q[0], batch.kv, plan, **options, out=torch.empty_like(batch.q[0]))
+    expected = flash_prefill_paged_ref(batch.q[0], batch.kv, plan, **options, out=torch.empty_like(batch.q[0]))
+    torch.testing.assert_close(out[:2000], expected[:2000], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1), (28, 4), (8, 1)])
+def test_grouped_heads(heads, kv_heads):
+    config = sparse_config()
+    for page_size in (0, 16):
+        batch = make_batch(
+            [Request(1500)], page_size=page_size, heads=heads, kv_heads=kv_heads, dim=128,
+            dtype=torch.bfloat16, device="cuda", config=config,
+        )  # fmt: skip
+        check_all(batch, config, SCALE)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_caches_with_heads_before_tokens_and_fused_queries(page_size, dim):
+    config = sparse_config()
+    batch = make_batch(
+        [Request(2000), Request(129, 640), Request(700, 1300, 1000)], page_size=page_size, heads=8, dim=dim,
+        dtype=torch.bfloat16, heads_first=True, fused_qkv=True, device="cuda", config=config,
+    )  # fmt: skip
+    check_all(batch, config, SCALE)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_expanded_heads(dim):
+    """KV heads that are one in memory."""
+    config = sparse_config()
+    q, k, v = structured(2000, 2000, heads=4, kv_heads=1, dim=dim, dtype=torch.bfloat16, device="cuda", seed=0)
+    expanded = [x[None].expand(1, -1, 2, -1) for x in (k, v)]
+    out = flash_prefill(q[None], *expanded, config=config)
+    expected = flash_prefill(q[None], *(x.contiguous() for x in expanded), config=config)
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1500])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_lengths(length, alpha):
+    config = sparse_config(alpha=alpha)
+    for page_size in (0, 16, 128):
+        check_all(
+            make_batch([Request(length)], page_size=page_size, dim=128, device="cuda", config=config), config, SCALE
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0},
+        {"num_sink_blocks": 5, "num_window_blocks": 9, "num_dense_tail_blocks": 7},
+    ],
+)
+def test_what_is_always_kept(options):
+    config = sparse_config(alpha=1.0, **options)
+    check_all(make_batch([Request(4000)], dim=128, device="cuda", config=config), config, SCALE)
+
+
+def test_slabs_change_nothing():
+    config = sparse_config()
+    requests = [Request(3000), Request(1000)]
+    whole = check_all(make_batch(requests, dim=128, device="cuda", config=config), config, SCALE)
+    batch = make_batch(requests, dim=128, device="cuda", config=config, slab_bytes=1000)
+    assert len(batch.schedule.slabs) > 5
+    assert torch.equal(check_all(batch, config, SCALE), whole)
+
+
+def test_many_mean_tiles():
+    """More key blocks than one tile of the list and of the scores."""
+    config = sparse_config(alpha=0.1)
+    batch = make_batch(
+        [Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config
+    )
+    wrong, total = check_select(batch, config, SCALE)
+    check_attention(batch, config, SCALE)
+    print(f"{wrong} of {total} at the threshold")
+
+
+def test_large_logits():
+    config = sparse_config()
+    batch = make_batch([Request(1500)], dim=128, device="cuda", config=config)
+    check_all(batch, config, 20.0)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_alpha_0_is_dense(dim):
+    q, k, v = structured(5000, 5000, heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, device="cuda", seed=0)
+    out = flash_prefill(q[None], k[None], v[None], config=FlashPrefillConfig(alpha=0.0))[0]
+    expand = [x.repeat_interleave(4, dim=1).transpose(0, 1) for x in (k, v)]
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double().transpose(0, 1), *(x.double() for x in expand), is_causal=True
+    ).transpose(0, 1)
+    plain = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *expand, is_causal=True).transpose(0, 1)
+    assert (out.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
+
+
+def test_batch_equals_one_by_one_and_varlen():
+    config = sparse_config()
+    parts = [
+        structured(1400, 1400, heads=4, kv_heads=2, dim=64, dtype=torch.float16, device="cuda", seed=s)
+        for s in range(3)
+    ]
+    q, k, v = (torch.stack([part[n] for part in parts]) for n in range(3))
+    together = flash_prefill(q, k, v, config=config)
+    for n in range(3):
+        assert torch.equal(together[n : n + 1], flash_prefill(q[n : n + 1], k[n : n + 1], v[n : n + 1], config=config))
+    packed = flash_prefill_varlen(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), [0, 1400, 2800, 4200], config=config
+    )
+    assert torch.equal(packed.view_as(together), together)
+    # Heads before tokens in memory, as transformers lays them out.
+    moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(flash_prefill(*moved, config=config), together, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("chunk", [128, 512, 896])
+def test_aligned_chunks_equal_the_whole(chunk):
+    config = sparse_config()
+    q, k, v = (
+        x[None]
+        for x in structured(1900, 1900, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda", seed=1)
+    )
+    whole = flash_prefill(q, k, v, config=config)
+    for start in range(0, 1900, chunk):
+        end = min(start + chunk, 1900)
+        part = flash_prefill(q[:, start:end], k[:, :end], v[:, :end], config=config, prompt_len=1900)
+        assert torch.equal(part, whole[:, start:end])
+
+
+def test_mixed_step_leaves_other_rows_alone(no_sync):
+    torch.cuda.set_sync_debug_mode("default")
+    config = sparse_config(min_sparse_tokens=1000)
+    batch, plan = planned_batch(
+        [Request(1, 500), Request(2000), Request(300), Request(900, 1100, 200)], config, page_size=16, device="cuda"
+    )
+    assert [request.index for request in plan.sparse] == [1, 3]
+    out = torch.full_like(batch.q[0], torch.nan)
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(2):
+        flash_prefill_paged(batch.q[0], batch.kv, plan, config=config, softmax_scale=SCALE, out=out)
+    torch.cuda.set_sync_debug_mode("default")
+    pieces = split(out[None], batch)
+    for n, piece in enumerate(pieces):
+        if n in (1, 3):
+            q, k, v = (x[None] for x in batch.parts[n])
+            alone = flash_prefill(q, k, v, config=config, softmax_scale=SCALE, prompt_len=batch.requests[n].prompt_len)
+            torch.testing.assert_close(piece, alone[0], rtol=2e-3, atol=2e-3)
+        else:
+            assert piece.isnan().all()
+
+
+def test_no_length_compiles(no_sync):
+    from vllm_flashprefill.kernels.block_mean import _block_mean_kernel
+    from vllm_flashprefill.kernels.block_select import _block_select_kernel
+    from vllm_flashprefill.kernels.sparse_attention import _sparse_attention_kernel
+
+    torch.cuda.set_sync_debug_mode("default")
+    config = sparse_config()
+    pool = torch.randn(3, 1, 40_000, 4, 64, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(2, 2500, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(2500, device="cuda", dtype=torch.int32)
+    generator = np.random.default_rng(0)
+    lengths = [1, 16, 2000, 2048, 4097, 8192, *generator.integers(1, 40_000, 50).tolist()]
+    kernels = [_block_mean_kernel, _block_select_kernel, _sparse_attention_kernel]
+    if torch.cuda.get_device_capability()[0] == 9:
+        from vllm_flashprefill.kernels.sparse_attention_hopper import _sparse_attention_hopper_kernel
+
+        kernels.append(_sparse_attention_hopper_kernel)
+
+    def compiled():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    def call(n):
+        q, k, v = pool[0][:, :n], pool[1][:, :n, :2], pool[2][:, :n, :2]
+        flash_prefill(q, k, v, config=config)
+        flash_prefill_varlen(q[0], k[0], v[0], [0, n], config=config)
+        pages = -(-n // 16)
+        plan = plan_step(np.array([0, n]), np.array([n]), FlashPrefillConfig(min_sparse_tokens=0))
+        kv = KeyValues(*cache, table[None, :pages])
+        flash_prefill_paged(q[0], kv, plan, config=config, softmax_scale=SCALE, out=torch.empty_like(q[0]))
+
+    call(3000)
+    before = compiled()
+    assert before >= len(kernels)
+    torch.cuda.set_sync_debug_mode("error")
+    for n in lengths:
+        call(n)
+    assert compiled() == before
+
+
+def test_a_plan_used_on_two_streams():
+    """The second stream must not read what the first is still uploading, nor the first's memory be given away."""
+    from vllm_flashprefill.kernels.schedule import schedule_step
+
+    config = sparse_config(min_sparse_tokens=1000)
+    batch, plan = planned_batch([Request(2000)], config, page_size=16, device="cuda")
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    schedules = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            schedules.append(schedule_step(plan, num_heads=4, num_dense_tail_blocks=1, device=batch.q.device))
+    assert schedules[0].items.data_ptr() != schedules[1].items.data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_bad_input_is_one_clear_error(device):
+    for number, (name, call) in enumerate(bad_calls(device)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call()
+            pytest.fail(f"call {number}, of a bad {name}, went through")
