@@ -1,12 +1,9 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend.layer_routing import check_layer_names, layer_dense_reason, layer_index
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
@@ -116,68 +113,3 @@ def test_a_chunk_is_never_sparse_where_its_whole_prompt_is_dense(num_chunk_block
 def test_arrays_that_are_no_batch(query_start_loc, seq_lens):
     with pytest.raises(ValueError, match="query_start_loc"):
         plan_step(np.array(query_start_loc), np.array(seq_lens), CONFIG)
-
-
-def impl(**attributes):
-    plain = dict(
-        attn_type="decoder",
-        sliding_window=(-1, -1),
-        logits_soft_cap=0,
-        alibi_slopes=None,
-        sinks=None,
-        kv_sharing_target_layer_name=None,
-        kv_cache_dtype="auto",
-    )
-    return SimpleNamespace(**{**plain, **attributes})
-
-
-@pytest.mark.parametrize(
-    ("attributes", "reason"),
-    [
-        ({}, None),
-        ({"sliding_window": None}, None),
-        ({"logits_soft_cap": None}, None),
-        ({"attn_type": "encoder_only"}, DenseReason.ENCODER),
-        ({"attn_type": "encoder"}, DenseReason.ENCODER),
-        ({"attn_type": SimpleNamespace(value="encoder_decoder")}, DenseReason.CROSS_ATTENTION),
-        ({"sliding_window": (511, 0)}, DenseReason.SLIDING_WINDOW),
-        ({"sliding_window": 512}, DenseReason.SLIDING_WINDOW),
-        ({"logits_soft_cap": 50.0}, DenseReason.SOFTCAP),
-        ({"alibi_slopes": [0.5]}, DenseReason.ALIBI),
-        ({"sinks": [0.0]}, DenseReason.SINKS),
-        ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, DenseReason.KV_SHARING),
-        ({"kv_cache_dtype": "fp8"}, DenseReason.QUANTIZED_KV_CACHE),
-        ({"dcp_world_size": 2}, DenseReason.CONTEXT_PARALLEL),
-        ({"pcp_world_size": 2}, DenseReason.CONTEXT_PARALLEL),
-        ({"batch_invariant_enabled": True}, DenseReason.BATCH_INVARIANT),
-    ],
-)
-def test_route_of_a_layer(attributes, reason):
-    assert layer_dense_reason(impl(**attributes), "model.layers.3.self_attn.attn", CONFIG) == reason
-
-
-def test_first_layers_can_be_dense():
-    config = FlashPrefillConfig(num_dense_layers=2)
-    reasons = [layer_dense_reason(impl(), f"model.layers.{i}.self_attn.attn", config) for i in range(4)]
-    assert reasons == [DenseReason.DENSE_LAYER, DenseReason.DENSE_LAYER, None, None]
-
-
-def test_layers_without_an_index_are_an_error_before_any_step():
-    named = {
-        "model.layers.3.self_attn.attn": SimpleNamespace(impl=impl(flashprefill_config=CONFIG)),
-        "model.attn": SimpleNamespace(impl=impl(flashprefill_config=CONFIG, sliding_window=512)),
-        "visual.attn": SimpleNamespace(impl=impl()),
-        "mamba": SimpleNamespace(),
-    }
-    check_layer_names(named, FlashPrefillConfig(num_dense_layers=2))
-    named["model.attn"].impl.sliding_window = None
-    check_layer_names(named, FlashPrefillConfig())
-    with pytest.raises(ValueError, match=r"'model\.attn' has no layer index in its name, which num_dense_layers needs"):
-        check_layer_names(named, FlashPrefillConfig(num_dense_layers=2))
-
-
-def test_layer_index():
-    assert layer_index("language_model.model.layers.12.self_attn.attn") == 12
-    assert layer_index("transformer.h.0.attn") == 0
-    with pytest.raises(ValueError, match="no layer index"):
-        layer_index("model.attn")

@@ -1,4 +1,4 @@
-"""vLLM's own /metrics and the metrics of an offline engine, without starting either; test_registration starts one."""
+"""vLLM's own /metrics and the metrics of an offline engine, without starting either; test_ways_of_use starts one."""
 
 import pytest
 
@@ -13,10 +13,8 @@ def model():
 
 
 @pytest.fixture(autouse=True)
-def nothing_registered(monkeypatch):
+def asked_for(monkeypatch):
     monkeypatch.setenv("FLASHPREFILL", "1")
-    yield
-    vllm_flashprefill.revert()
 
 
 @pytest.mark.parametrize("api_servers", [1, 2])

@@ -1,16 +1,12 @@
+"""The public calls, and what they do for a step."""
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
-
 from tests.support.bad_input import bad_calls
 from tests.support.kernel_cases import (
-    check_all,
-    check_attention,
-    check_e4m3_codes,
-    check_select,
-    make_batch,
     planned_batch,
     sparse_config,
     split,
@@ -25,55 +21,6 @@ from vllm_flashprefill.reference import flash_prefill_paged_ref
 SCALE = 0.125
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [0, 16, 48, 128, 256])
-@pytest.mark.parametrize("options", [{}, {"min_share": 0.1}], ids=str)
-def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
-    config = sparse_config(**options)
-    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
-    if not page_size:
-        requests = [Request(3000), Request(1), Request(129), Request(128), Request(2001)]
-    check_all(
-        make_batch(requests, page_size=page_size, dim=dim, dtype=dtype, device="cuda", config=config), config, SCALE
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [16, 128])
-@pytest.mark.parametrize(
-    "kv_dtype, kv_scales", [(torch.uint8, "head"), (torch.uint8, "one"), (torch.float8_e4m3fn, "none")]
-)
-def test_e4m3_cache(kv_dtype, kv_scales, page_size, dim, dtype):
-    config = sparse_config()
-    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640)]
-    batch = make_batch(
-        requests, page_size=page_size, dim=dim, dtype=dtype, kv_dtype=kv_dtype, kv_scales=kv_scales,
-        device="cuda", config=config,
-    )  # fmt: skip
-    check_all(batch, config, SCALE)
-
-
-def test_e4m3_codes():
-    for native in (False, *([True] if torch.cuda.get_device_capability() >= (8, 9) else [])):
-        check_e4m3_codes("cuda", native=native)
-
-
-def test_e4m3_without_the_instruction(monkeypatch):
-    from vllm_flashprefill.kernels import block_mean, sparse_attention
-
-    for module in (block_mean, sparse_attention):
-        monkeypatch.setattr(module, "has_e4m3_instruction", lambda device: False)
-    config = sparse_config()
-    for page_size in (16, 128):
-        batch = make_batch(
-            [Request(2000, 300)], page_size=page_size, dim=128, kv_dtype=torch.uint8, kv_scales="head",
-            device="cuda", config=config,
-        )  # fmt: skip
-        check_all(batch, config, SCALE)
-
-
 def test_paged_api_with_an_e4m3_cache():
     config = sparse_config(alpha=0.0, min_sparse_tokens=1000)
     batch, plan = planned_batch(
@@ -86,28 +33,6 @@ def test_paged_api_with_an_e4m3_cache():
     torch.testing.assert_close(out[:2000], expected[:2000], rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1), (28, 4), (8, 1)])
-def test_grouped_heads(heads, kv_heads):
-    config = sparse_config()
-    for page_size in (0, 16):
-        batch = make_batch(
-            [Request(1500)], page_size=page_size, heads=heads, kv_heads=kv_heads, dim=128,
-            dtype=torch.bfloat16, device="cuda", config=config,
-        )  # fmt: skip
-        check_all(batch, config, SCALE)
-
-
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [16, 128])
-def test_caches_with_heads_before_tokens_and_fused_queries(page_size, dim):
-    config = sparse_config()
-    batch = make_batch(
-        [Request(2000), Request(129, 640), Request(700, 1300, 1000)], page_size=page_size, heads=8, dim=dim,
-        dtype=torch.bfloat16, heads_first=True, fused_qkv=True, device="cuda", config=config,
-    )  # fmt: skip
-    check_all(batch, config, SCALE)
-
-
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_expanded_heads(dim):
     """KV heads that are one in memory."""
@@ -117,54 +42,6 @@ def test_expanded_heads(dim):
     out = flash_prefill(q[None], *expanded, config=config)
     expected = flash_prefill(q[None], *(x.contiguous() for x in expanded), config=config)
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1500])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_lengths(length, alpha):
-    config = sparse_config(alpha=alpha)
-    for page_size in (0, 16, 128):
-        check_all(
-            make_batch([Request(length)], page_size=page_size, dim=128, device="cuda", config=config), config, SCALE
-        )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0},
-        {"num_sink_blocks": 5, "num_window_blocks": 9, "num_dense_tail_blocks": 7},
-    ],
-)
-def test_what_is_always_kept(options):
-    config = sparse_config(alpha=1.0, **options)
-    check_all(make_batch([Request(4000)], dim=128, device="cuda", config=config), config, SCALE)
-
-
-def test_slabs_change_nothing():
-    config = sparse_config()
-    requests = [Request(3000), Request(1000)]
-    whole = check_all(make_batch(requests, dim=128, device="cuda", config=config), config, SCALE)
-    batch = make_batch(requests, dim=128, device="cuda", config=config, slab_bytes=1000)
-    assert len(batch.schedule.slabs) > 5
-    assert torch.equal(check_all(batch, config, SCALE), whole)
-
-
-def test_many_mean_tiles():
-    """More key blocks than one tile of the list and of the scores."""
-    config = sparse_config(alpha=0.1)
-    batch = make_batch(
-        [Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config
-    )
-    wrong, total = check_select(batch, config, SCALE)
-    check_attention(batch, config, SCALE)
-    print(f"{wrong} of {total} at the threshold")
-
-
-def test_large_logits():
-    config = sparse_config()
-    batch = make_batch([Request(1500)], dim=128, device="cuda", config=config)
-    check_all(batch, config, 20.0)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
