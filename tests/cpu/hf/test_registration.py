@@ -6,16 +6,17 @@ import pytest
 
 pytest.importorskip("transformers", minversion="4.56", reason="transformers 4.56 or newer is not installed")
 
+import transformers
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
-    PreTrainedModel,
     SiglipConfig,
 )
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import generic
 
 from tests.support.hf_models import SHAPE, make_model
 from vllm_flashprefill import PRESETS, FlashPrefillConfig, hf
@@ -40,6 +41,18 @@ def test_no_config_has_a_name_with_flash_in_it():
     assert vision_and_text.text_config._attn_implementation == hf.CONFIG_NAME
     assert vision_and_text.vision_config._attn_implementation == "sdpa"
     assert "flash" not in hf.CONFIG_NAME
+
+
+@pytest.mark.parametrize("name", ["flashprefill", hf.CONFIG_NAME])
+def test_a_config_that_refuses_flash_attention_takes_our_names(name):
+    config_class = getattr(transformers, "HrmTextConfig", None)
+    if config_class is None:
+        pytest.skip("this transformers has no HRM")
+    hf.register()
+    config = config_class(attn_implementation=name)
+    assert config.prefix_lm and not generic.is_flash_attention_requested(config)
+    with pytest.raises(ValueError, match="FlashAttention"):
+        config_class(attn_implementation="flash_attention_2")
 
 
 def test_each_source_of_options_wins_over_the_next(monkeypatch):
@@ -90,25 +103,35 @@ def test_registering_twice():
 
 def test_unregister_leaves_transformers_as_it_was():
     def state():
-        wrapped = PretrainedConfig._attn_implementation, PreTrainedModel.set_attn_implementation
-        return sorted(AttentionInterface()), sorted(AttentionMaskInterface()), wrapped
+        check = getattr(generic, "is_flash_attention_requested", None)
+        return (
+            sorted(AttentionInterface()),
+            sorted(AttentionMaskInterface()),
+            check,
+            PretrainedConfig._attn_implementation,
+        )
 
     before = state()
     hf.register()
     for name in ("flashprefill", hf.CONFIG_NAME):
         assert name in AttentionInterface() and name in AttentionMaskInterface()
+        if before[2] is not None:
+            assert not generic.is_flash_attention_requested(requested_attention_implementation=name)
+            assert generic.is_flash_attention_requested(requested_attention_implementation="flash_attention_2")
     hf.unregister()
     assert state() == before
     with pytest.raises(ValueError, match="not supported"):
         make_model("flashprefill")
 
 
-def test_a_transformers_without_the_methods_to_wrap_is_one_clear_error(monkeypatch):
-    monkeypatch.delattr(PreTrainedModel, "set_attn_implementation")
-    kept = PretrainedConfig._attn_implementation
-    with pytest.raises(RuntimeError, match=r"has no PreTrainedModel\.set_attn_implementation for flashprefill to wrap"):
+@pytest.mark.parametrize("owner", [PretrainedConfig, generic])
+def test_a_transformers_without_what_is_replaced_is_one_clear_error(owner, monkeypatch):
+    name = "_attn_implementation" if owner is PretrainedConfig else "is_flash_attention_requested"
+    if not hasattr(owner, name):
+        pytest.skip("transformers 4 has no such function and needs none")
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match=rf"transformers [\d.]+ has no \S+\.{name} for flashprefill to extend"):
         hf.register()
-    assert PretrainedConfig._attn_implementation is kept
     assert "flashprefill" not in AttentionInterface()
 
 
