@@ -107,6 +107,12 @@ def test_a_causal_mask_holds_whatever_the_layer_says_of_itself():
     assert attend_with(mask, 300, 300) == {"sliding_window": 300}
 
 
+def test_a_few_tokens_after_others_may_be_drafts_and_are_dense():
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    mask, _ = make_mask(query_len=5, context_len=600)
+    assert attend_with(mask, 5, 655) == {"decode": 5}
+
+
 def test_a_model_that_reads_its_mask_is_sdpas_and_dense():
     """On transformers 4 such as Doge, which adds a mask of its own."""
     hf.register(alpha=1.0, **EAGER_TO_PRUNE)
