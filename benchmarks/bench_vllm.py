@@ -178,13 +178,12 @@ def leave_attention_out(worker: Any) -> None:
 class FixedDensity:
     """In place of `block_select`: stage 3, then as many blocks for each query block as give the published density.
 
-    Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all. Of the
-    blocks that may be candidates, `candidate_alpha` leaves as many for the pieces to choose from as a real model has.
+    Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all.
+    `candidate_alpha` leaves as many blocks for the pieces to choose from as a real model has.
     """
 
     def __init__(self) -> None:
         from benchmarks.kernel_data import DENSITY
-
         from vllm_flashprefill.kernels import block_select
 
         self.select = block_select.block_select
