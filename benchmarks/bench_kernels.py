@@ -32,6 +32,7 @@ from vllm_flashprefill.kernels.schedule import schedule_step
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import SparseRequest, StepPlan
+from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, piece_score_ref
 
 TIE = 0.01
 
@@ -99,7 +100,11 @@ class Stages:
         self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
         self.config = FlashPrefillConfig()
         self.schedule = self.make_schedule()
-        self.mean = block_mean(self.kv, self.schedule)
+        self.mean, self.pieces = block_mean(self.kv, self.schedule), None
+        if self.config.num_pieces:
+            rows, size = self.mean.shape[1:]
+            self.pieces = self.mean.new_empty((self.kv.num_heads, rows, self.config.num_pieces, size))
+            self.pool()
         self.lists, self.counts = list_scratch(self.q, self.schedule)
         self.scores = score_scratch(self.q, self.schedule)
         self.out = torch.empty_like(self.q)
@@ -113,7 +118,7 @@ class Stages:
         )
 
     def pool(self):
-        block_mean(self.kv, self.schedule, self.mean)
+        block_mean(self.kv, self.schedule, self.mean, self.pieces)
 
     def select(self, launch=None, slab=None):
         scores = self.scores
@@ -121,8 +126,9 @@ class Stages:
             rows = launch.programs_per_sm * num_multiprocessors(self.q.device)
             scores = torch.empty(rows, self.schedule.max_key_blocks, device="cuda")
         block_select(
-            self.q, self.mean, self.schedule, slab or self.schedule.slabs[0], config=self.config,
-            softmax_scale=self.scale, lists=self.lists, counts=self.counts, scores=scores, launch=launch,
+            self.q, self.mean, self.schedule, slab or self.schedule.slabs[0], pieces=self.pieces,
+            config=self.config, softmax_scale=self.scale, lists=self.lists, counts=self.counts, scores=scores,
+            launch=launch,
         )  # fmt: skip
 
     def attend(self, launch=None, slab=None):
@@ -180,27 +186,40 @@ class Stages:
                         results.append(p @ v[tokens, h // group].to(dtype))
                     error = (self.out[0, rows, h].double() - results[0]).norm()
                     ratio = max(ratio, (error / (results[1].double() - results[0]).norm()).item())
-                    # The kept blocks, against the reference's score of all but the query's own block.
+                    # The kept blocks before the query's own, against the reference's score.
                     tail = -(-seq_len // 128) - self.config.num_dense_tail_blocks
                     if block < 1 or block >= tail or last - first < 128:
                         continue
-                    mean = k[: (block + 1) * 128, h // group].float().unflatten(0, (-1, 128)).mean(1)
-                    s = self.scale * q.float() @ mean[:block].T
-                    own = self.scale * q[-1].float() @ mean[block]
-                    largest = torch.maximum(s.max(), own)
-                    score = torch.exp(s - largest).sum(0)
-                    most = torch.maximum(score.max(), torch.exp(own - largest))
-                    j = torch.arange(block, device="cuda")
-                    always = (j < self.config.num_sink_blocks) | (block - j < self.config.num_window_blocks)
-                    expected = (score >= self.config.alpha * most) | always
+                    expected, near = self.reference_select(q[:, None], k[:last, h // group, None], first)
                     got = torch.zeros(block + 1, dtype=torch.bool, device="cuda")
                     got[kept] = True
-                    differs = expected != got[:block]
-                    near = (score - self.config.alpha * most).abs() <= TIE * self.config.alpha * most
-                    assert not (differs & ~near).any(), "a selection differs that is not at the threshold"
+                    differs = (expected != got)[:block]
+                    assert not (differs & ~near[:block]).any(), "a selection differs that is not at the threshold"
                     ties, seen = ties + int(differs.sum()), seen + block
         assert ratio <= 2.0, f"error {ratio:.2f} times plain PyTorch's"
         return ratio, ties, seen
+
+    def reference_select(self, q, k, context_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a whole query block of one head: which blocks are kept, and which are within TIE of a threshold."""
+        config, candidate_tie = self.config, False
+        arguments = dict(context_len=context_len, softmax_scale=self.scale)
+        if config.piece_size:
+            score, more, fewer = (
+                piece_score_ref(q, k, config=dataclasses.replace(config, candidate_alpha=alpha), **arguments)[0, 0]
+                for alpha in (config.candidate_alpha * near for near in (1.0, 1 - TIE, 1 + TIE))
+            )
+            candidate_tie = (more > 0) != (fewer > 0)
+        else:
+            score = block_score_ref(q, block_mean_ref(k, 128), block_size=128, **arguments)[0, 0]
+        # Of a prompt whose tail begins after it.
+        kept = block_select_ref(
+            score[None, None],
+            first_query_block=context_len // 128,
+            num_prompt_blocks=len(score) + config.num_dense_tail_blocks,
+            config=config,
+        )[0, 0]
+        threshold = config.alpha * score.max()
+        return kept, ((score - threshold).abs() <= TIE * threshold) | candidate_tie
 
 
 def alpha_for_density(stages: Stages, density: float) -> None:
