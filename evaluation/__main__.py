@@ -103,6 +103,8 @@ class Ended(Exception):
 
 
 def end(*_: Any) -> None:
+    # timeout(1) sends its signal twice.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Ended
 
 
@@ -365,4 +367,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Ended:
+        sys.exit("error: terminated")

@@ -1,6 +1,7 @@
 """Dense and sparse engines of one evaluation, with a stand-in for them."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,16 @@ def test_an_engine_that_fails_is_an_error(run):
 def test_engines_that_differ_are_not_compared(run):
     with pytest.raises(SystemExit, match=r"dense ran as .*'dense'.*, sparse as .*'sparse'"):
         run({"options": {"differs": True}})
+
+
+def test_told_to_end_twice_it_ends_once():
+    before = signal.signal(signal.SIGTERM, evaluate.end)
+    try:
+        with pytest.raises(evaluate.Ended):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parsed(monkeypatch, *arguments):
