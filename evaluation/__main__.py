@@ -191,12 +191,17 @@ def parse_arguments() -> argparse.Namespace:
         return [{} if part == "default" else setting(f"alpha={part}") for part in text.split(",")]
 
     def setting(text: str) -> dict[str, Any]:
+        options = {}
+        for part in () if text == "default" else text.split(","):
+            name, _, value = part.partition("=")
+            try:
+                options[name] = json.loads(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{part!r} is not default, nor NAME=NUMBER") from None
         try:
-            pairs = [part.split("=") for part in text.split(",") if text != "default"]
-            options = {name: json.loads(value) for name, value in pairs}
             FlashPrefillConfig.from_options(options)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+            raise argparse.ArgumentTypeError(str(error)) from None
         if fixed := [name for name in options if name in FIXED_OPTIONS]:
             raise argparse.ArgumentTypeError(f"{fixed[0]} is fixed while an engine runs; set it as a variable")
         return options
