@@ -52,7 +52,11 @@ def _block_mean_kernel(
     if block * BLOCK >= seq_len:
         return
 
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    offs_n = tl.arange(0, BLOCK)
+    if PIECES:
+        # First the first key of each piece, then the second of each: a thread then holds whole pieces.
+        offs_n = offs_n % PIECES * (BLOCK // PIECES) + offs_n // PIECES
+    tokens = block * BLOCK + offs_n
     mask_tokens = tokens < seq_len
     if PAGE_SIZE > 0:
         table_row = tl.load(request_ptr + columns.TABLE_ROW).to(tl.int64)
@@ -71,7 +75,7 @@ def _block_mean_kernel(
     row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START) + block
     if PIECES:
         # [PIECES, HEAD_SIZE]; of a last, partial block nothing reads them.
-        k = tl.sum(tl.reshape(k, [PIECES, BLOCK // PIECES, HEAD_SIZE]), axis=1)
+        k = tl.sum(tl.reshape(k, [BLOCK // PIECES, PIECES, HEAD_SIZE]), axis=0)
         offs_piece = row * PIECES + tl.arange(0, PIECES)
         piece_ptrs = piece_ptr + offs_piece[:, None] * HEAD_SIZE + offs_dim[None, :]
         tl.store(piece_ptrs, _clamped(k * (PIECES / BLOCK)).to(piece_ptr.dtype.element_ty))

@@ -57,24 +57,24 @@ def _write_candidates(scores_row_ptr, list_ptr, query_block, threshold, BLOCK_LI
 @triton.jit
 def _score_pieces(
     q, mask_rows, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
-    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, ROWS]; the largest."""
     BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
     offs_dim = tl.arange(0, HEAD_SIZE)
     offs_piece = tl.arange(0, BLOCK_PIECES)
     largest = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
-    for start in range(0, num_blocks, BLOCKS):
+    for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
         # A place past the end repeats the last.
         blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
         # [BLOCK_PIECES, HEAD_SIZE]
         offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
         pieces = tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :])
         s = tl.where(mask_rows[None, :], tl.dot(pieces, q), float("-inf"))
-        # [BLOCKS, PIECES]
-        score = tl.reshape(_log2_sum(s, scale), [BLOCKS, PIECES])
-        top = tl.max(score, axis=1)
-        score = top + tl.log2(tl.sum(tl.exp2(score - top[:, None]), axis=1))
+        # [BLOCKS, PIECES, ROWS]
+        s = tl.reshape(s, [BLOCKS, PIECES, s.shape[1]]) * scale
+        top = tl.maximum(tl.max(tl.max(s, axis=2), axis=1), -1.0e30)
+        score = top + tl.log2(tl.sum(tl.sum(tl.exp2(s - top[:, None, None]), axis=2), axis=1))
         largest = tl.maximum(largest, score)
         at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
         tl.store(scores_row_ptr + at, score)
@@ -113,6 +113,8 @@ def _block_select_kernel(
     NUM_WINDOW_BLOCKS: tl.constexpr,
     PIECES: tl.constexpr,
     ROW_STEP: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    PIECE_STAGES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -185,7 +187,7 @@ def _block_select_kernel(
                 piece_rows_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
                 threshold += _score_pieces(
                     q, mask_rows, piece_rows_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
-                    PIECES, HEAD_SIZE, BLOCK_N,
+                    PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
                 )  # fmt: skip
                 tl.debug_barrier()
             else:
@@ -272,6 +274,8 @@ def block_select(
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         PIECES=0 if pieces is None else pieces.shape[2],
         ROW_STEP=1 if pieces is None else ROW_STEP,
+        BLOCK_PIECES=launch.block_pieces,
+        PIECE_STAGES=launch.piece_stages,
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
