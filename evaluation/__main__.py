@@ -2,14 +2,16 @@
 
     python -m evaluation                                        SmolLM2-135M on vLLM's CPU engine
     python -m evaluation --model PATH --lengths 8192,32768 --samples 20 --alpha default,0.02 --parallel
+    python -m evaluation --model PATH --lengths 32000 --setting alpha=0.065 --setting alpha=0.08,piece_size=0
     python -m evaluation --model PATH --lengths 32768 --data ruler/     or InfiniteBench's, LongBench's
     python -m evaluation --draw result.json                     the heat map of an earlier run
 
 RULER's kinds of tasks are made from local text, by seed and tokenizer alone; perplexity and the next token are those
 of the last tokens of long prose and code. There are two vLLM engines, each in a process of its own: a dense one, and
 one with FlashPrefill that takes one setting after the other. Its options are those that the model gets, its preset or
-FLASHPREFILL_* variables, unless --alpha, --target-density or --min-sparse-tokens ask for others. All prompts of a
-length go through the engine together.
+FLASHPREFILL_* variables, unless --alpha, --setting, --target-density or --min-sparse-tokens ask for others. All prompts
+of a task and length go through the engine together, and their answers are kept from then on: ended by SIGTERM, as by
+timeout(1), it reports what both engines have done, and goes on from there with --resume.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import readers, report
+from evaluation.engine import FIXED_OPTIONS
 from evaluation.tasks import TASKS, Maker, Sample, bos_tokens, make_samples
 from evaluation.text import Stream, code
 from scripts.generate import MODEL, documentation
-from tools.rows import commit_name
+from tools.rows import append_row, commit_name, read_rows
+from vllm_flashprefill.config import FlashPrefillConfig
 
 ENGINE = Path(__file__).with_name("engine.py")
 
@@ -81,7 +85,8 @@ def make_texts(maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]
             stream = streams[index % 2]
             start = random.Random(f"{options.seed}/text/{length}/{index}").randrange(len(stream.tokens))
             tokens = maker.bos + stream.take(start, length - len(maker.bos))
-            texts.append({"length": length, "tokens": tokens, "first": max(1, length - options.predict_last)})
+            first = max(1, length - options.predict_last)
+            texts.append({"task": "texts", "length": length, "tokens": tokens, "first": first})
     return texts
 
 
@@ -93,67 +98,113 @@ def calibration_texts(tokenizer: Any, length: int, count: int = 3) -> list[list[
     return [bos + stream.take(start, length - len(bos)) for start in starts]
 
 
+class Ended(Exception):
+    """This process was told to end."""
+
+
+def end(*_: Any) -> None:
+    # timeout(1) sends its signal twice.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Ended
+
+
 class Run:
     """An engine at work in a process of its own, dense or sparse. Its result stays beside `out`.
 
-    A dense run of the same prompts is not repeated, whatever the settings of the sparse one.
+    What an earlier dense run of the same prompts has done is not repeated, whatever the settings of the sparse one;
+    what a sparse one has, only where it is to be resumed.
     """
 
-    def __init__(self, mode: str, job: dict[str, Any], prompts: Path, out: Path, fresh: bool) -> None:
+    def __init__(self, mode: str, job: dict[str, Any], prompts: Path, out: Path, keep: bool) -> None:
         self.mode, self.path, self.process = mode, out.with_suffix(f".{mode}.json"), None
-        sparse_only = ("options", "settings", "target_density", "target_options", "calibration")
-        ignored = dict.fromkeys(sparse_only if mode == "dense" else ())
+        others = ("settings", "target_density", "calibration", *(("options", "commit") if mode == "dense" else ()))
         # Another environment has another vLLM.
-        asked = json.dumps({**job, **ignored, "mode": mode, "environment": sys.prefix}, sort_keys=True).encode()
-        same = hashlib.sha256(asked + prompts.read_bytes()).hexdigest()[:16]
-        if mode == "dense" and not fresh and self.path.exists():
-            if json.loads(self.path.read_text()).get("job") == same:
-                print(f"dense: as in {self.path}; --fresh runs it again")
-                return
-        self.path.unlink(missing_ok=True)
+        asked = json.dumps({**job, **dict.fromkeys(others), "mode": mode, "environment": sys.prefix}, sort_keys=True)
+        self.job = hashlib.sha256(asked.encode() + prompts.read_bytes()).hexdigest()[:16]
+        earlier = self.so_far() if keep else None
+        if earlier is None:
+            self.path.unlink(missing_ok=True)
+        elif mode == "dense" and earlier["complete"]:
+            print(f"dense: as in {self.path}; --fresh runs it again")
+            return
         job_path = prompts.with_name(f"{mode}.json")
-        job_path.write_text(json.dumps({**job, "mode": mode, "job": same}))
+        job_path.write_text(json.dumps({**job, "mode": mode, "job": self.job}))
         self.process = subprocess.Popen([sys.executable, str(ENGINE), str(job_path), str(prompts), str(self.path)])
 
-    def result(self) -> dict[str, Any]:
-        if self.process is not None and self.process.wait() != 0:
+    def so_far(self) -> dict[str, Any] | None:
+        """What is done of this job; None if nothing is."""
+        result = json.loads(self.path.read_text()) if self.path.exists() else {}
+        return result if result.get("job") == self.job else None
+
+    def finish(self) -> None:
+        status = 0 if self.process is None else self.process.wait()
+        if status == -signal.SIGTERM:
+            raise Ended
+        if status:
             sys.exit(f"error: the {self.mode} run failed; its message is above")
-        return json.loads(self.path.read_text())
 
     def stop(self) -> None:
-        if self.process is not None:
+        if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            self.process.wait()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
 
 
 def run_both(
-    job: dict[str, Any], prompts: dict[str, Any], out: Path, fresh: bool, parallel: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The results of the dense and the sparse engine, one after the other or at the same time."""
-    runs = []
+    job: dict[str, Any], prompts: dict[str, Any], out: Path, parallel: bool, fresh: bool = False, resume: bool = False
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """The results of the dense and the sparse engine, run in turn or at the same time, and whether they are whole."""
+    runs: list[Run] = []
+    ended = False
     with tempfile.TemporaryDirectory() as folder:
         prompts_path = Path(folder, "prompts.json")
         prompts_path.write_text(json.dumps(prompts))
         try:
-            for mode in ("dense", "sparse"):
-                runs.append(Run(mode, job, prompts_path, out, fresh))
+            for mode, keep in (("dense", not fresh), ("sparse", resume)):
+                runs.append(Run(mode, job, prompts_path, out, keep))
                 if not parallel:
-                    runs[-1].result()
-            dense, sparse = [run.result() for run in runs]
-            if dense["what_ran"] != sparse["what_ran"]:
-                sys.exit(f"error: dense ran as {dense['what_ran']}, sparse as {sparse['what_ran']}; use --fresh")
-            return dense, sparse
+                    runs[-1].finish()
+            for run in runs:
+                run.finish()
+        except (Ended, KeyboardInterrupt):
+            ended = True
         finally:
             for run in runs:
                 run.stop()
+    results = [run.so_far() for run in runs]
+    if len(results) < 2 or None in results:
+        sys.exit("error: ended before both engines had answered anything; --resume goes on")
+    dense, sparse = results
+    if dense["what_ran"] != sparse["what_ran"]:
+        sys.exit(f"error: dense ran as {dense['what_ran']}, sparse as {sparse['what_ran']}; use --fresh")
+    return dense, sparse, not ended
 
 
 def parse_arguments() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    def values(text: str) -> list[float | None]:
-        return [None if part == "default" else float(part) for part in text.split(",")]
+    def alphas(text: str) -> list[dict[str, Any]]:
+        return [{} if part == "default" else setting(f"alpha={part}") for part in text.split(",")]
+
+    def setting(text: str) -> dict[str, Any]:
+        options = {}
+        for part in () if text == "default" else text.split(","):
+            name, _, value = part.partition("=")
+            try:
+                options[name] = json.loads(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{part!r} is not default, nor NAME=NUMBER") from None
+        try:
+            FlashPrefillConfig.from_options(options)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if fixed := [name for name in options if name in FIXED_OPTIONS]:
+            raise argparse.ArgumentTypeError(f"{fixed[0]} is fixed while an engine runs; set it as a variable")
+        return options
 
     parser = argparse.ArgumentParser(
         prog="python -m evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,20 +221,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--predict-last", type=int, default=1024, help="tokens of a text (default: %(default)s)")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="JSONL files or folders, instead of the tasks")
     parser.add_argument("--limit", type=int, default=20, help="records of each file (default: %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="put --data prompts into the model's chat template")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
     parser.add_argument(
-        "--alpha", type=values, default=[None], help="one or more, such as default,0.02; default: the model's preset"
+        "--alpha",
+        type=alphas,
+        default=[],
+        help="one or more, such as default,0.02; default: the model's preset, which is also what runs if none is given",
     )
-    parser.add_argument("--min-share", type=values, default=[], help="also these values of min_share")
+    parser.add_argument(
+        "--setting",
+        type=setting,
+        action="append",
+        default=[],
+        help="options such as alpha=0.08,piece_size=0; the others are the model's; may be given again",
+    )
     parser.add_argument(
         "--target-density",
         type=float,
-        help="also the alpha that keeps this share of blocks of a calibration text of the greatest length",
-    )
-    parser.add_argument(
-        "--target-options",
-        default="alpha",
-        help="what is chosen for --target-density: alpha (default), min_share or alpha,min_share",
+        help="also, with the other options of each setting, the alpha that keeps this share of blocks of a calibration "
+        "text of the greatest length",
     )
     parser.add_argument("--min-sparse-tokens", type=int, help="default: the package's")
     parser.add_argument("--seed", type=int, default=0)
@@ -194,6 +250,10 @@ def parse_arguments() -> argparse.Namespace:
         "--parallel", action="store_true", help="run both engines at the same time; needs memory for two"
     )
     parser.add_argument("--fresh", action="store_true", help="run dense again though an earlier run is there")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the sparse engine did of the same prompts, at this commit"
+    )
+    parser.add_argument("--rows", type=Path, help="also append the table to this CSV, such as results/accuracy.csv")
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="result (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="also draw the heat map, as PNG")
     parser.add_argument("--draw", type=Path, help="only draw this result, beside it or to --plot")
@@ -207,9 +267,9 @@ def parse_arguments() -> argparse.Namespace:
         options.samples *= len(options.lengths)
     if len(options.samples) != len(options.lengths):
         parser.error("--samples takes one number, or as many as there are --lengths")
-    options.target_options = options.target_options.split(",")
-    if not {"alpha", "min_share"}.issuperset(options.target_options):
-        parser.error("--target-options: alpha, min_share or alpha,min_share")
+    options.setting = [*options.alpha, *options.setting] or [{}]
+    if options.fresh and options.resume:
+        parser.error("--fresh or --resume, not both")
     options.tasks = [task for task in options.tasks.split(",") if task]
     unknown = [task for task in options.tasks if task not in TASKS]
     if unknown:
@@ -220,7 +280,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     # Ended from outside, it ends its engines.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
+    signal.signal(signal.SIGTERM, end)
     if options.draw:
         from evaluation.heatmap import draw
 
@@ -238,7 +298,7 @@ def main() -> None:
             samples, left_out, cut = data_samples(tokenizer, options, max_length)
             texts = []
         else:
-            maker = Maker(tokenizer)
+            maker = Maker(tokenizer, chat=options.chat)
             samples = make_samples(maker, options.tasks, options.lengths, options.samples, options.seed)
             texts = make_texts(maker, options)
     except (readers.Unsupported, ValueError, RuntimeError) as error:
@@ -255,8 +315,7 @@ def main() -> None:
     job = {
         "model": options.model,
         "options": {name: value for name, value in flash_options.items() if value is not None},
-        "settings": [("alpha", value) for value in options.alpha] + [("min_share", v) for v in options.min_share],
-        "target_options": options.target_options,
+        "settings": options.setting,
         "target_density": options.target_density,
         "calibration": calibration,
         "eager": not options.graphs,
@@ -266,19 +325,22 @@ def main() -> None:
         ),
         "batched_tokens": options.batched_tokens,
         "engine": options.engine,
+        "commit": commit_name(None),
     }
-    fields = ("tokens", "max_tokens", "group", "length")
+    fields = ("tokens", "max_tokens", "group", "length", "task")
     prompts = {
         "samples": [{name: getattr(sample, name) for name in fields} for sample in samples],
         "texts": texts,
     }
-    dense, sparse = run_both(job, prompts, options.out, options.fresh, options.parallel)
+    which = {name: getattr(options, name) for name in ("parallel", "fresh", "resume")}
+    dense, sparse, whole = run_both(job, prompts, options.out, **which)
     settings = dense["settings"] + sparse["settings"]
     rows = report.sample_rows(samples, settings)
     result = {
         "model": Path(options.model).name,
         **sparse["what_ran"],
-        "commit": commit_name(None),
+        "commit": job["commit"],
+        "complete": whole,
         "seed": options.seed,
         "batched_tokens": options.batched_tokens,
         "target_density": options.target_density,
@@ -287,8 +349,7 @@ def main() -> None:
         "settings": {setting["name"]: setting["config"] for setting in settings},
         "calibrated": [setting["name"] for setting in settings if setting.get("calibrated")],
         "counts": {setting["name"]: setting["counts"] for setting in settings},
-        "lengths": report.length_rows(rows, settings),
-        "summary": report.summarise(rows),
+        "changes": report.change_rows(rows, settings),
         "predictions": report.prediction_rows(texts, settings),
         "samples": rows,
     }
@@ -296,11 +357,22 @@ def main() -> None:
     print(f"\n{result['model']}, vLLM {result['vllm']}, {result['device']}, {result['dtype']}\n")
     print(report.tables(result))
     print(f"Answers: {options.out}")
+    if options.rows:
+        # What a run that ended early has written, the one that goes on does not write again.
+        written = read_rows(options.rows) if options.rows.exists() else []
+        for row in report.csv_rows(result):
+            if {name: str(value) for name, value in row.items()} not in written:
+                append_row(options.rows, row)
     if options.plot:
         from evaluation.heatmap import draw
 
         draw(result, options.plot)
+    if not whole:
+        sys.exit("error: ended early; the tables are of the tasks done with both engines, and --resume goes on")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Ended:
+        sys.exit("error: terminated")

@@ -3,6 +3,7 @@
     python engine.py JOB PROMPTS RESULT
 
 All are JSON objects. A sparse engine goes through the prompts once for each setting: options are changed while it runs.
+RESULT is written after each task; what is in it already is not run again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any
 COUNTS_ARRIVE_SECONDS = 0.1
 # Tokens of a step with prompt log-probabilities: each takes a few logits of the whole vocabulary.
 TEXT_STEP = 2048
-# Where the value of a density is looked for, and how often it is halved.
-LEAST, HALVINGS = {"alpha": 1e-4, "min_share": 1e-7}, 10
+# Where the alpha of a density is looked for, and how often the range is halved.
+LEAST_ALPHA, HALVINGS = 1e-4, 10
+# Whether a layer is dense is settled at its first step.
+FIXED_OPTIONS = ("block_size", "num_dense_layers")
 
 
 def start(job: dict[str, Any]) -> Any:
@@ -150,29 +153,31 @@ class Engine:
             "dense_tokens": done.dense_tokens,
         }
 
-    def run_all(self) -> dict[str, Any]:
-        """Answers and predictions in the job's order, and what was counted for each length."""
-        result: dict[str, Any] = {"counts": []}
+    def run_all(self, setting: dict[str, Any], save: Callable[[], None]) -> None:
+        """Adds what the setting lacks: answers and predictions in the job's order, and the counts of each task."""
         for kind, run in (("samples", self.answer), ("texts", self.predict)):
             prompts = self.job[kind]
-            found: dict[int, Any] = {}
-            for length in dict.fromkeys(prompt["length"] for prompt in prompts):
-                places = [place for place, prompt in enumerate(prompts) if prompt["length"] == length]
+            found = setting.setdefault(kind, [None] * len(prompts))
+            for part in dict.fromkeys((prompt["length"], prompt["task"]) for prompt in prompts):
+                places = [n for n, prompt in enumerate(prompts) if (prompt["length"], prompt["task"]) == part]
+                if all(found[place] is not None for place in places):
+                    continue
                 here = [prompts[place] for place in places]
                 results, counts = self.counted(lambda run=run, here=here: run(here))
-                found |= dict(zip(places, results, strict=True))
-                result["counts"].append({"of": kind, "length": length, **counts})
-                print(f"{self.setting}: {len(here)} {kind} of {length} tokens in {counts['seconds']} s", flush=True)
-            result[kind] = [found[place] for place in range(len(prompts))]
-        return result
+                for place, result in zip(places, results, strict=True):
+                    found[place] = result
+                length, task = part
+                setting["counts"].append({"of": kind, "length": length, "task": task, **counts})
+                name, seconds = setting["name"], counts["seconds"]
+                print(f"{name}: {len(here)} {task} of {length} tokens in {seconds} s", flush=True)
+                save()
 
-    def options_for(self, density: float, name: str) -> dict[str, Any]:
-        """Alpha or min_share that keeps this share of blocks of the calibration texts, by halving its logarithm."""
-        low, high = math.log(LEAST[name]), 0.0
+    def alpha_for(self, density: float, others: dict[str, Any]) -> float:
+        """The alpha that keeps this share of blocks of the calibration texts, by halving its logarithm."""
+        low, high = math.log(LEAST_ALPHA), 0.0
         for step in range(HALVINGS):
-            middle = (low + high) / 2
-            options = options_of(name, float(f"{math.exp(middle):.3g}"))
-            self.use(options)
+            alpha = float(f"{math.exp((low + high) / 2):.3g}")
+            self.use({**others, "alpha": alpha})
             texts = [
                 {"tokens": tokens, "group": f"calibration {step}/{number}"}
                 for number, tokens in enumerate(self.job["calibration"])
@@ -181,54 +186,79 @@ class Engine:
             if not counts["visible_blocks"]:
                 sys.exit("error: nothing of the calibration texts is sparse, so no value gives a density")
             found = counts["kept_blocks"] / counts["visible_blocks"]
-            print(f"calibration: {name} {options[name]:g}, density {found:.2%}", flush=True)
-            low, high = (middle, high) if found > density else (low, middle)
+            print(f"calibration: alpha {alpha:g}, density {found:.2%}", flush=True)
+            low, high = (math.log(alpha), high) if found > density else (low, math.log(alpha))
             if abs(found / density - 1) < 0.01:
                 break
         if abs(found / density - 1) > 0.05:
-            print(f"calibration: no {name} gives {density:.2%}; the nearest tried gives {found:.2%}", flush=True)
-        return options
+            print(f"calibration: no alpha gives {density:.2%}; the nearest tried gives {found:.2%}", flush=True)
+        return alpha
 
 
-def options_of(name: str, value: float) -> dict[str, Any]:
-    """Blocks are chosen by alpha alone where min_share is 0, else by min_share alone."""
-    return {"alpha": value, "min_share": 0.0} if name == "alpha" else {name: value}
+def setting_name(config: Any) -> str:
+    """Alpha, and what is not as the package has it."""
+    names = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+    return ", ".join(f"{name} {getattr(config, name):g}" for name in dict.fromkeys(["alpha", *names]))
+
+
+def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None]) -> None:
+    """Each setting asked for, then those whose alpha is to be found for a density, one for each set of others."""
+    from vllm_flashprefill.config import FlashPrefillConfig
+
+    job, settings = engine.job, result["settings"]
+    own = used = FlashPrefillConfig.from_vllm(engine.llm.llm_engine.vllm_config)
+
+    def changes(options: dict[str, Any]) -> dict[str, Any]:
+        every = dataclasses.asdict(dataclasses.replace(own, **options))
+        return {name: value for name, value in every.items() if name not in FIXED_OPTIONS}
+
+    plan = [(options, None) for options in job["settings"]]
+    if job["target_density"]:
+        others = [{name: value for name, value in each.items() if name != "alpha"} for each in job["settings"]]
+        unlike = [each for place, each in enumerate(others) if each not in others[:place]]
+        plan += [(each, {"density": job["target_density"], "others": each}) for each in unlike]
+    for options, target in plan:
+        setting = next((each for each in settings if target and each["calibrated"] == target), None)
+        if setting is None:
+            if target:
+                found = engine.alpha_for(target["density"], changes(options))
+                options, used = {**options, "alpha": found}, None
+            here = dataclasses.replace(own, **options)
+            setting = next((each for each in settings if each["config"] == dataclasses.asdict(here)), None)
+        if setting is None:
+            setting = {"name": setting_name(here), "config": dataclasses.asdict(here), "counts": []}
+            settings.append(setting)
+        setting["calibrated"] = target or setting.get("calibrated")
+        here = FlashPrefillConfig(**setting["config"])
+        if here != used:
+            engine.use(changes(dataclasses.asdict(here)))
+            used = here
+        engine.run_all(setting, save)
 
 
 def main(job_path: str, prompts_path: str, result_path: str) -> None:
     job = {**json.loads(Path(job_path).read_text()), **json.loads(Path(prompts_path).read_text())}
-    engine = Engine(job)
-    engine.generate([{"tokens": (job["samples"] or job["texts"])[0]["tokens"][:32]}])
-    settings = []
-    if job["mode"] == "dense":
-        settings.append({"name": "dense", "config": None, **engine.run_all()})
-    else:
-        from vllm_flashprefill.config import FlashPrefillConfig
+    engine, path = Engine(job), Path(result_path)
+    result = {"job": job["job"], "what_ran": what_ran(engine.llm), "settings": []}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if all(earlier[name] == result[name] for name in ("job", "what_ran")):
+            result = earlier
+    result["complete"] = False
 
-        config = FlashPrefillConfig.from_vllm(engine.llm.llm_engine.vllm_config)
-        asked = [None if value is None else options_of(name, value) for name, value in job["settings"]]
-        chosen = []
-        if job["target_density"]:
-            chosen = [engine.options_for(job["target_density"], name) for name in job["target_options"]]
-        ran = []
-        for options in [*asked, *chosen]:
-            here = dataclasses.replace(config, **(options or {}))
-            if here in ran:
-                continue
-            if here != config or chosen or ran:
-                engine.use({name: getattr(here, name) for name in LEAST})
-            ran.append(here)
-            settings.append(
-                {
-                    "name": f"min_share {here.min_share:g}" if here.row_share else f"alpha {here.alpha:g}",
-                    "calibrated": options in chosen,
-                    "config": dataclasses.asdict(here),
-                    **engine.run_all(),
-                }
-            )
-    Path(result_path).write_text(
-        json.dumps({"job": job["job"], "what_ran": what_ran(engine.llm), "settings": settings})
-    )
+    def save() -> None:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(result))
+        part.replace(path)
+
+    engine.generate([{"tokens": (job["samples"] or job["texts"])[0]["tokens"][:32]}])
+    if job["mode"] == "dense":
+        result["settings"] = result["settings"] or [{"name": "dense", "config": None, "counts": []}]
+        engine.run_all(result["settings"][0], save)
+    else:
+        run_settings(engine, result, save)
+    result["complete"] = True
+    save()
 
 
 if __name__ == "__main__":

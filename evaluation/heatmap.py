@@ -20,7 +20,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = [row for row in result["samples"] if row["depth"] is not None]
     if not rows:
         sys.exit("error: this result has no task with a depth, so there is nothing to draw")
-    names = list(rows[0]["answers"])
+    names = list(dict.fromkeys(name for row in rows for name in row["answers"]))
+    # Of a run that ended early, what all settings have answered.
+    rows = [row for row in rows if len(row["answers"]) == len(names)]
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     cells = {

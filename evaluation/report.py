@@ -13,12 +13,17 @@ from evaluation.scoring import score
 from evaluation.tasks import Sample
 
 RESAMPLES = 2000
-# The tasks that ask for the one fact of a prompt; the second is RULER's.
-SINGLE = ("single", "niah_single")
+# The tasks of which several facts belong together, ours and RULER's; their mean is `multi-fact`.
+MULTI_FACT = (
+    ("multi_key", "niah_multikey"),
+    ("multi_value", "niah_multivalue"),
+    ("multi_query", "niah_multiquery"),
+    ("variable_tracking", "vt"),
+)
 
 
 def sample_rows(samples: Sequence[Sample], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a prompt, with the answer of each setting and its score."""
+    """One row a prompt, with the score of each setting's answer; a setting that has none yet is left out."""
     rows = []
     for place, sample in enumerate(samples):
         row = {
@@ -32,7 +37,9 @@ def sample_rows(samples: Sequence[Sample], settings: Sequence[dict[str, Any]]) -
             "answers": {},
         }
         for setting in settings:
-            answer = setting["samples"][place]
+            answer = setting.get("samples", {place: None})[place]
+            if answer is None:
+                continue
             scored = score(sample.metric, answer["text"], sample.expected, sample.classes)
             row["answers"][setting["name"]] = {"score": round(scored, 4), **answer}
         rows.append(row)
@@ -59,52 +66,66 @@ def interval(values: Iterable[tuple[Hashable, Hashable, float]]) -> tuple[float,
     return float(low), float(high)
 
 
-def density(counts: Mapping[str, Any]) -> float | None:
-    """Key blocks computed of those visible to sparse queries; None where none was sparse."""
-    return counts["kept_blocks"] / counts["visible_blocks"] if counts["visible_blocks"] else None
+def density(setting: Mapping[str, Any], of: str, length: int, tasks: Sequence[str]) -> float | None:
+    """Key blocks computed of those visible to sparse queries, in these tasks; None where none was sparse."""
+    here = [one for one in setting["counts"] if (one["of"], one["length"]) == (of, length) and one["task"] in tasks]
+    visible = sum(one["visible_blocks"] for one in here)
+    return sum(one["kept_blocks"] for one in here) / visible if visible else None
 
 
-def _counts(setting: dict[str, Any], of: str, length: int) -> dict[str, Any]:
-    return next(counts for counts in setting["counts"] if (counts["of"], counts["length"]) == (of, length))
+def groups(tasks: Sequence[str]) -> dict[str, list[str]]:
+    """What is averaged: each task alone, those of several facts if every kind is there, and all of them."""
+    found = {task: [task] for task in tasks}
+    kinds = [[task for task in tasks if task.startswith(names)] for names in MULTI_FACT]
+    if all(kinds):
+        found["multi-fact"] = [task for kind in kinds for task in kind]
+    if len(tasks) > 1:
+        found["all"] = list(tasks)
+    return found
 
 
-def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return [name for name in rows[0]["answers"] if name != "dense"]
+def change_rows(rows: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each length, group of tasks and sparse setting both means over tasks, in points of 100, and their difference.
 
-
-def length_rows(rows: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each length and sparse setting the mean over tasks, its difference to dense, and how sure that is."""
+    The difference is of the same prompts, low to high its 95 % interval. Groups that a setting has not answered whole
+    are left out.
+    """
     found = []
     for length in dict.fromkeys(row["length"] for row in rows):
         here = [row for row in rows if row["length"] == length]
-        for setting in settings[1:]:
-            name = setting["name"]
-            line = {
-                "length": length,
-                "setting": name,
-                "prompts": len(here),
-                "density": density(_counts(setting, "samples", length)),
-            }
-            for part, of in (("all", here), ("single", [row for row in here if row["task"].startswith(SINGLE)])):
-                if not of:
+        for group, tasks in groups(list(dict.fromkeys(row["task"] for row in here))).items():
+            of = [row for row in here if row["task"] in tasks]
+            for setting in settings[1:]:
+                name = setting["name"]
+                if not all({"dense", name} <= row["answers"].keys() for row in of):
                     continue
-                scores = {
-                    one: [(row["task"], row["group"], row["answers"][one]["score"]) for row in of]
-                    for one in ("dense", name)
-                }
-                changes = [
-                    (task, group, s - d)
-                    for (task, group, d), (_, _, s) in zip(scores["dense"], scores[name], strict=True)
-                ]
-                line[part] = {
-                    "dense": _mean_of_means(scores["dense"]),
-                    "sparse": _mean_of_means(scores[name]),
-                    "difference": _mean_of_means(changes),
-                    "interval": interval(changes),
-                    "lower": sum(change < 0 for _, _, change in changes),
-                    "higher": sum(change > 0 for _, _, change in changes),
-                }
-            found.append(line)
+                pairs = [(row, row["answers"]["dense"], row["answers"][name]) for row in of]
+                dense, sparse, changes = (
+                    [(row["task"], row["group"], 100 * value(d, s)) for row, d, s in pairs]
+                    for value in (
+                        lambda d, s: d["score"],
+                        lambda d, s: s["score"],
+                        lambda d, s: s["score"] - d["score"],
+                    )
+                )
+                low, high = interval(changes)
+                found.append(
+                    {
+                        "tokens": length,
+                        "task": group,
+                        "setting": name,
+                        "density": density(setting, "samples", length, tasks),
+                        "n": len(of),
+                        "dense": _mean_of_means(dense),
+                        "sparse": _mean_of_means(sparse),
+                        "change": _mean_of_means(changes),
+                        "low": low,
+                        "high": high,
+                        "lower": sum(change < 0 for *_, change in changes),
+                        "higher": sum(change > 0 for *_, change in changes),
+                        "same_text": sum(d["text"] == s["text"] for _, d, s in pairs),
+                    }
+                )
     return found
 
 
@@ -115,41 +136,18 @@ def _mean_of_means(values: Sequence[tuple[Hashable, Hashable, float]]) -> float:
     return statistics.mean(map(statistics.mean, strata.values()))
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean scores of each task and length, and on how many prompts each setting scored lower or higher than dense."""
-    summary = []
-    for length, task in dict.fromkeys((row["length"], row["task"]) for row in rows):
-        here = [row["answers"] for row in rows if (row["length"], row["task"]) == (length, task)]
-        line = {
-            "task": task,
-            "length": length,
-            "metric": next(row["metric"] for row in rows if row["task"] == task),
-            "prompts": len(here),
-            "dense": round(statistics.mean(row["dense"]["score"] for row in here), 4),
-            "sparse": {},
-        }
-        for name in _names(rows):
-            changes = [row[name]["score"] - row["dense"]["score"] for row in here]
-            line["sparse"][name] = {
-                "score": round(statistics.mean(row[name]["score"] for row in here), 4),
-                "lower": sum(change < 0 for change in changes),
-                "higher": sum(change > 0 for change in changes),
-                "same_text": sum(row["dense"]["text"] == row[name]["text"] for row in here),
-            }
-        summary.append(line)
-    return summary
-
-
 def prediction_rows(texts: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Perplexity and agreement for each length and sparse setting: before the dense tail of the prompt, and in it."""
     rows = []
     dense, *others = settings
     for length in dict.fromkeys(text["length"] for text in texts):
         for setting in others:
+            if not all("texts" in each for each in (dense, setting)):
+                continue
             here = [
                 (number, text, one, other)
                 for number, (text, one, other) in enumerate(zip(texts, dense["texts"], setting["texts"], strict=True))
-                if text["length"] == length
+                if text["length"] == length and None not in (one, other)
             ]
             blocks = math.ceil(length / setting["config"]["block_size"]) - setting["config"]["num_dense_tail_blocks"]
             # The token at a position is predicted by the row before it.
@@ -174,7 +172,7 @@ def prediction_rows(texts: Sequence[dict[str, Any]], settings: Sequence[dict[str
                         "setting": setting["name"],
                         "texts": len(here),
                         "tokens": len(pairs),
-                        "density": density(_counts(setting, "texts", length)),
+                        "density": density(setting, "texts", length, ["texts"]),
                         "dense_perplexity": round(math.exp(-statistics.fmean(d for _, d, _, _ in pairs)), 4),
                         "sparse_perplexity": round(math.exp(-statistics.fmean(s for _, _, s, _ in pairs)), 4),
                         "change": math.expm1(statistics.fmean(d - s for _, d, s, _ in pairs)),
@@ -189,28 +187,45 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}%}".replace("%", " %")
 
 
-def _points(value: dict[str, Any] | None) -> dict[str, str]:
-    if value is None:
-        return {}
-    low, high = value["interval"]
-    return {
-        "dense": f"{100 * value['dense']:.1f}",
-        "FlashPrefill": f"{100 * value['sparse']:.1f}",
-        "difference": f"{100 * value['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-    }
+def csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What results/accuracy.csv holds: scores in points of 100, perplexity before the dense tail, its change in %."""
+    run = {name: result[name] for name in ("model", "vllm")} | {"gpu": result["device"], "commit": result["commit"]}
+    places = dict.fromkeys(("dense", "sparse", "change", "low", "high"), 2)
+    rows = [row for row in result["changes"] if row["task"] != "all"]
+    for row in result["predictions"]:
+        if row["part"] == "before the tail":
+            numbers = dict(zip(("change", "low", "high"), (row["change"], *row["interval"]), strict=True))
+            rows.append(
+                {
+                    **row,
+                    "tokens": row["length"],
+                    "task": "perplexity",
+                    "n": row["texts"],
+                    "dense": row["dense_perplexity"],
+                    "sparse": row["sparse_perplexity"],
+                    **{name: 100 * value for name, value in numbers.items()},
+                }
+            )
+    return [
+        {
+            **run,
+            **{name: row[name] for name in ("tokens", "setting")},
+            "density": "" if row["density"] is None else round(row["density"], 4),
+            **{name: row[name] for name in ("task", "n")},
+            **{name: round(row[name], digits + (row["task"] == "perplexity")) for name, digits in places.items()},
+        }
+        for row in rows
+    ]
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The result for a terminal, which is Markdown too. Scores are in points of 100, intervals are of 95 %."""
+    """The result for a terminal, which is Markdown too. Scores are in points of 100, intervals are of 95 %.
+
+    "lower" and "higher" are the prompts that scored so beside dense.
+    """
     parts = []
-    if result["lengths"]:
-        parts.append(_table([_length_line(row, "all") for row in result["lengths"]]))
-        if any("single" in row for row in result["lengths"]):
-            parts.append("Single needles:\n")
-            parts.append(_table([_length_line(row, "single") for row in result["lengths"] if "single" in row]))
-    if result["summary"]:
-        parts.append("In brackets, prompts that scored lower and higher than dense:\n")
-        parts.append(_table([_task_line(row) for row in result["summary"]]))
+    if result["changes"]:
+        parts.append(_table([_change_line(row) for row in result["changes"]]))
     if result["predictions"]:
         parts.append(
             _table(
@@ -234,28 +249,18 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _length_line(row: dict[str, Any], part: str) -> dict[str, str]:
+def _change_line(row: dict[str, Any]) -> dict[str, str]:
     return {
-        "prompt tokens": f"{row['length']:,}",
+        "prompt tokens": f"{row['tokens']:,}",
+        "task": row["task"],
+        "prompts": str(row["n"]),
         "setting": row["setting"],
         "density": percent(row["density"]),
-        **_points(row[part]),
-        "lower": str(row[part]["lower"]),
-        "higher": str(row[part]["higher"]),
-    }
-
-
-def _task_line(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "task": row["task"],
-        "prompt tokens": f"{row['length']:,}",
-        "prompts": str(row["prompts"]),
-        "dense": f"{100 * row['dense']:.1f}",
-        **{
-            name: f"{100 * sparse['score']:.1f} (-{sparse['lower']} +{sparse['higher']})"
-            for name, sparse in row["sparse"].items()
-        },
-        "metric": row["metric"],
+        "dense": f"{row['dense']:.1f}",
+        "FlashPrefill": f"{row['sparse']:.1f}",
+        "change": f"{row['change']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})",
+        "lower": str(row["lower"]),
+        "higher": str(row["higher"]),
     }
 
 

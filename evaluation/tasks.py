@@ -62,10 +62,26 @@ def bos_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer.encode("x")[:1] == [bos] else []
 
 
-class Maker:
-    """What every task needs: a tokenizer and a long text."""
+def chat_turn(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens of the model's chat template before what a user says, and from there to the answer.
 
-    def __init__(self, tokenizer: Any, text: str | None = None) -> None:
+    Raises:
+        ValueError: the tokenizer has no template.
+    """
+    said = "What a user says."
+    turn = [{"role": "user", "content": said}]
+    before, after = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False).split(said)
+    return tuple(tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+
+
+class Maker:
+    """What every task needs: a tokenizer and a long text.
+
+    Args:
+        chat: a prompt is what a user says in the model's chat template, and the answer's start is the assistant's.
+    """
+
+    def __init__(self, tokenizer: Any, text: str | None = None, chat: bool = False) -> None:
         self.encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False)
         # For pieces that come again and again.
         self.piece = functools.cache(self.encode)
@@ -73,6 +89,15 @@ class Maker:
         self.stream = Stream(self.encode, text)
         self.words = sorted({word for word in re.findall(r"\b[a-z]{4,9}\b", text)})
         self.bos = bos_tokens(tokenizer)
+        # How each prompt begins, and what stands between the question and the answer.
+        self.head, self.turn = chat_turn(tokenizer) if chat else (self.bos, [])
+
+    def end(self, question: str) -> list[int]:
+        """The tokens of a question and of how its answer starts."""
+        if not self.turn:
+            return self.encode(question)
+        asked, answer = question.rsplit("\nAnswer: ", 1)
+        return self.encode(asked) + self.turn + self.encode(answer)
 
     def facts(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
         names = rng.sample(list(itertools.product(ADJECTIVES, NOUNS)), count)
@@ -91,12 +116,12 @@ class Maker:
             ValueError: the prompt is too short for what it must hold.
         """
         pieces = [(depth, self.encode(sentence)) for depth, sentence in sorted(planted)]
-        end = self.encode(question)
-        room = length - len(self.bos) - sum(len(piece) for _, piece in pieces) - max(len(end), room_for)
+        end = self.end(question)
+        room = length - len(self.head) - sum(len(piece) for _, piece in pieces) - max(len(end), room_for)
         if room < 0:
             raise ValueError(f"a prompt needs at least {length - room} tokens, not {length}")
         filler = self.stream.take(rng.randrange(len(self.stream.tokens)), room)
-        tokens, done = list(self.bos), 0
+        tokens, done = list(self.head), 0
         for depth, piece in pieces:
             at = int(depth * room)
             tokens += filler[done:at] + piece
@@ -133,7 +158,7 @@ def shared_prefix(maker: Maker, rng: random.Random, length: int, depth: float) -
     kinds = rng.sample(KINDS, len(DEPTHS))
     planted = [(at, fact(kind, *said)) for at, kind, said in zip(DEPTHS, kinds, facts, strict=True)]
     questions = [QUESTION.format(kind=kind, name=name) for kind, (name, _) in zip(kinds, facts, strict=True)]
-    longest = max(len(maker.encode(question)) for question in questions)
+    longest = max(len(maker.end(question)) for question in questions)
     state = rng.getstate()
     samples = []
     for at, question, (_, code) in zip(DEPTHS, questions, facts, strict=True):
@@ -227,9 +252,9 @@ def _fill(
     maker: Maker, length: int, pieces: Callable[[int], list[str]], question: str, expected: list[str]
 ) -> dict[str, Any]:
     """Line ends, then as many entries as fit, each encoded piece by piece, then the question."""
-    end = maker.encode(question)
+    end = maker.end(question)
     newline = maker.encode("\n")[-1:]
-    room = length - len(maker.bos) - len(end)
+    room = length - len(maker.head) - len(end)
 
     def tokens(total: int) -> int:
         return sum(len(maker.piece(piece)) for piece in pieces(total))
@@ -241,7 +266,7 @@ def _fill(
     body = [token for piece in pieces(low) for token in maker.piece(piece)]
     if len(body) > room:
         raise ValueError(f"a prompt needs at least {length + len(body) - room} tokens, not {length}")
-    return {"tokens": maker.bos + newline * (room - len(body)) + body + end, "expected": list(expected)}
+    return {"tokens": maker.head + newline * (room - len(body)) + body + end, "expected": list(expected)}
 
 
 TASKS = {

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_flashprefill.config import ROW_STEP
 from vllm_flashprefill.kernels import block_mean, block_select, configs, sparse_attention
 from vllm_flashprefill.kernels.descriptors import TensorDescriptor
 
@@ -39,12 +40,15 @@ POINTERS = {
     "v_ptr": "*KV",
     "out_ptr": "*T",
     "mean_ptr": "*fp16",
+    "piece_ptr": "*fp16",
     "scores_ptr": "*fp32",
     "block_counts_ptr": "*i64",
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
 }
-FLOATS = ("scale", "log2_limit")
+# By what is said of them, blocks as they are and in 16 pieces; with pieces some rows score, without all.
+PIECES = {"": dict(PIECES=0, ROW_STEP=1), " with pieces": dict(PIECES=16, ROW_STEP=ROW_STEP)}
+FLOATS = ("scale", "log2_alpha", "log2_candidate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     common = dict(
         HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=generation != "ampere",
         NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
-        ROW_SHARE=False, PAGE_SIZE=0,
+        PIECES=0, ROW_STEP=1, PAGE_SIZE=0,
     )  # fmt: skip
 
     def case(kernel, name, launch, absent=(), **values):
@@ -80,12 +84,18 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             "BLOCK_N": config.block_n, "NUM_STAGES": config.num_stages, "num_warps": config.num_warps,
             "USE_TMA": getattr(config, "tma", False), "BY_HEAD": getattr(config, "by_head", False),
             "maxnreg": getattr(config, "max_registers", None),
+            "BLOCK_PIECES": getattr(config, "block_pieces", None),
+            "PIECE_STAGES": getattr(config, "piece_stages", None),
         }  # fmt: skip
 
     select = configs.SELECT[generation, head_size]
-    for name, absent in (("block_select", ()), ("block_select, uncounted", ("block_counts_ptr",))):
-        yield case(block_select._block_select_kernel, name, launch_values(select), absent)
-    yield case(block_select._block_select_kernel, "block_select by share", launch_values(select), ROW_SHARE=True)
+    for name, values in PIECES.items():
+        whole = ["piece_ptr"] * (not values["PIECES"])
+        for counted, absent in (("", ()), (", uncounted", ("block_counts_ptr",))):
+            yield case(
+                block_select._block_select_kernel, f"block_select{name}{counted}", launch_values(select),
+                (*whole, *absent), **values,
+            )  # fmt: skip
     tables = {
         "": (sparse_attention._sparse_attention_kernel, configs.ATTENTION),
         " tma": (sparse_attention._sparse_attention_kernel, configs.ATTENTION_TMA),
@@ -98,7 +108,11 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             absent = ["block_table_ptr"] * (not page_size) + ["k_scale_ptr", "v_scale_ptr"] * (not is_fp8)
             paged = dict(PAGE_SIZE=page_size, FP8=is_fp8)
             name = f"page {page_size}{' e4m3' if is_fp8 else ''}"
-            yield case(block_mean._block_mean_kernel, f"block_mean {name}", {"num_warps": 4}, absent, **paged)
+            for pieces, values in PIECES.items():
+                whole = ["piece_ptr"] * (not values["PIECES"])
+                kernel = block_mean._block_mean_kernel
+                values = {**paged, **values}
+                yield case(kernel, f"block_mean{pieces} {name}", {"num_warps": 4}, (*absent, *whole), **values)
             for suffix, (kernel, table) in tables.items():
                 config = table.get((generation, head_size))
                 if config is None or kernel is None or (config.gluon and is_fp8):

@@ -142,6 +142,60 @@ def ttft_versions() -> str:
     return table(" | ".join(["prompt tokens", *(f"{v}: default | FlashPrefill | times" for v in models)]), lines)
 
 
+def accuracy() -> str:
+    """For each model and length the rows of the newest commit: a line for each task, a column for each setting."""
+    path = RESULTS / "accuracy.csv"
+    rows = read_rows(path) if path.exists() else []
+    places = dict.fromkeys((row["model"], int(row["tokens"])) for row in rows)
+    models = list(dict.fromkeys(model for model, _ in places))
+    return "\n".join(
+        accuracy_table([row for row in rows if (row["model"], int(row["tokens"])) == place])
+        for place in sorted(places, key=lambda place: (models.index(place[0]), place[1]))
+    )
+
+
+def accuracy_table(rows: list[Row]) -> str:
+    run = ("vllm", "gpu", "commit")
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in run)]
+    # The last of each is the newest. Settings may have had other numbers of prompts.
+    newest = {(row["task"], row["n"], row["dense"], row["setting"]): row for row in rows}
+    settings = dict.fromkeys(setting for *_, setting in newest)
+    lines = sorted(dict.fromkeys(place[:3] for place in newest), key=lambda line: task_place(line[0]))
+    vllm, gpu, commit = (rows[-1][name] for name in run)
+    caption = f"{rows[-1]['model']}, {int(rows[-1]['tokens']):,} tokens, vLLM {vllm}, {gpu}, commit {commit}:\n\n"
+    return caption + table(
+        " | ".join(["task", "n", "dense", *settings]),
+        [
+            [task, n, score(task, dense), *(change(newest.get((task, n, dense, setting))) for setting in settings)]
+            for task, n, dense in lines
+        ],
+    )
+
+
+# The mean of the next four comes first; then other tasks, and perplexity.
+TASK_ORDER = ("multi-fact", "multi_key", "multi_value", "multi_query", "variable_tracking")
+
+
+def task_place(task: str) -> tuple[int, str]:
+    if task in TASK_ORDER:
+        return TASK_ORDER.index(task), ""
+    return len(TASK_ORDER) + (task == "perplexity"), task
+
+
+def score(task: str, value: str) -> str:
+    return f"{float(value):.{3 if task == 'perplexity' else 1}f}"
+
+
+def change(row: Row | None) -> str:
+    """A setting's score, its change with the interval, and its density."""
+    if row is None:
+        return ""
+    digits, unit = (2, " %") if row["task"] == "perplexity" else (1, "")
+    moved, low, high = (f"{float(row[name]):+.{digits}f}" for name in ("change", "low", "high"))
+    kept = f"{100 * float(row['density']):.1f} %" if row["density"] else "dense"
+    return f"{score(row['task'], row['sparse'])}: {moved}{unit} ({low} to {high}) at {kept}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "kernels-short": kernels_short,
     "kernels": kernels_whole,
@@ -153,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ttft-0.10.0": ttft("0.10.0", "llama-8b, 8 layers, eager"),
     "ttft-tensor-parallel": ttft("0.24.0", "llama-8b, 32 layers, tensor parallel 2"),
     "ttft-pipeline-parallel": ttft("0.24.0", "llama-8b, 16 layers, pipeline parallel 2, eager"),
+    "accuracy": accuracy,
     "ttft-70b": ttft("0.24.0", "llama-70b, 10 layers, tensor parallel 2, eager"),
 }
 

@@ -1,7 +1,7 @@
-"""Find alpha, or min_share, for a target density or a target loss on a text of yours; write it as options.
+"""Find alpha for a target density or a target loss on a text of yours; write it as options.
 
     python -m vllm_flashprefill.calibrate MODEL --text FILE --length 8000 --density 0.46 --out preset.json
-    python -m vllm_flashprefill.calibrate MODEL --text FILE --length 8000 --loss 0.01 --option min_share
+    python -m vllm_flashprefill.calibrate MODEL --text FILE --length 8000 --loss 0.01 --options '{"piece_size": 0}'
     vllm serve MODEL --additional-config "$(cat preset.json)"
 
 Runs the model in transformers, without vLLM, on the text's first tokens, once dense and once for each value tried. The
@@ -27,8 +27,8 @@ from tqdm import tqdm
 from vllm_flashprefill.config import ADDITIONAL_CONFIG_KEY, FlashPrefillConfig
 from vllm_flashprefill.real_model import Attention, encode_text, load_model
 
-# Values searched, from keeping next to everything to next to nothing.
-RANGE = {"alpha": (1e-5, 1.0), "min_share": (1e-7, 1.0)}
+# Alphas searched, from keeping next to everything to next to nothing.
+RANGE = (1e-5, 1.0)
 # How far a density may be from the target, and how far a loss may fall short of it, as shares of the target.
 DENSITY_TOLERANCE, LOSS_SHORT = 0.01, 0.1
 BAR = "{percentage:3.0f}% {bar} {elapsed}, at most {remaining} more"
@@ -153,13 +153,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8000, help="tokens to take (default: %(default)s)")
     parser.add_argument("--last", type=int, default=512, help="tokens to judge (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
-    parser.add_argument("--option", choices=RANGE, default="alpha", help="what to find (default: %(default)s)")
-    parser.add_argument("--options", type=json.loads, default={}, help="other options, as a JSON object")
+    parser.add_argument("--options", type=json.loads, default={}, help="others than alpha, as a JSON object")
     parser.add_argument("--passes", type=int, default=12, help="values to try at most (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="file to write the options to")
     options = parser.parse_args()
-    if RANGE.keys() & options.options:
-        parser.error("--options is for others than alpha and min_share, of which one is to be found")
+    if "alpha" in options.options:
+        parser.error("--options is for others than alpha, which is to be found")
     try:
         config = FlashPrefillConfig.from_options(options.options)
     except ValueError as error:
@@ -176,18 +175,14 @@ def main() -> None:
     with tqdm(total=(options.passes + 1) * len(text.parts), bar_format=BAR, disable=None) as bar:
 
         def measure(value: float) -> Result:
-            tried = dataclasses.replace(config, **{options.option: value})
-            result = text.measure(tried, bar)
-            say(f"{options.option} {value:.4g}: {result}")
+            result = text.measure(dataclasses.replace(config, alpha=value), bar)
+            say(f"alpha {value:.4g}: {result}")
             return result
 
         say(f"dense: perplexity {text.measure(None, bar).perplexity:.4f}")
-        value, result = search(
-            measure, *RANGE[options.option], density=options.density, loss=options.loss, passes=options.passes
-        )
-    found = dataclasses.replace(config, **{options.option: value})
-    line = options_json(found, [options.option, *options.options])
-    print(f"{options.option} {value}: {result}\n{line}")
+        value, result = search(measure, *RANGE, density=options.density, loss=options.loss, passes=options.passes)
+    line = options_json(dataclasses.replace(config, alpha=value), ["alpha", *options.options])
+    print(f"alpha {value}: {result}\n{line}")
     if options.out:
         options.out.write_text(line + "\n")
 

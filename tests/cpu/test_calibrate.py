@@ -62,27 +62,18 @@ def model_folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("option", ["alpha", "min_share"])
-def test_a_preset_has_the_density_asked_for_and_loads(option, model_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("others", [{}, {"piece_size": 0}, {"piece_size": 16, "candidate_alpha": 0.02}], ids=str)
+def test_a_preset_has_the_density_asked_for_and_loads(others, model_folder, monkeypatch, capsys):
     out = model_folder / "preset.json"
     arguments = ["--density", "0.88", "--length", "2300", "--text", str(model_folder / "text"), "--last", "64"]
-    arguments += [
-        "--option",
-        option,
-        "--options",
-        '{"num_dense_layers": 1, "min_sparse_tokens": 2048}',
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
+    others = {"num_dense_layers": 1, "min_sparse_tokens": 2048, **others}
+    arguments += ["--options", json.dumps(others), "--device", "cpu", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["calibrate.py", str(model_folder), *arguments])
     with torch.no_grad():
         calibrate.main()
     options = json.loads(out.read_text())["flashprefill"]
     config = FlashPrefillConfig.from_options(options)
-    assert set(options) == {option, "num_dense_layers", "min_sparse_tokens"} and config.num_dense_layers == 1
-    assert config.row_share == (option == "min_share")
+    assert options == {"alpha": config.alpha, **others} and config.num_dense_layers == 1
     vllm_config = SimpleNamespace(model_config=None, additional_config=json.loads(out.read_text()))
     assert FlashPrefillConfig.from_vllm(vllm_config, {}) == config
     text = calibrate.Text(str(model_folder), str(model_folder / "text"), 2300, last=64, end=2000, device="cpu")
@@ -97,7 +88,8 @@ def test_a_preset_has_the_density_asked_for_and_loads(option, model_folder, monk
     ("arguments", "message"),
     [
         (["--density", "0.5", "--length", "1000"], "under 4096 tokens are dense"),
-        (["--density", "0.5", "--options", '{"alpha": 0.1}'], "others than alpha and min_share"),
+        (["--density", "0.5", "--options", '{"alpha": 0.1}'], "--options is for others than alpha"),
+        (["--density", "0.5", "--options", '{"min_share": 0.1}'], "min_share is no option any more: "),
         (["--density", "0.5", "--options", '{"num_dense_layers": -1}'], "num_dense_layers must be an integer"),
         (["--density", "0.5", "--loss", "0.1"], "not allowed with"),
         (["--density", "0.5", "--last", "9000"], "fewer than --last 9000"),

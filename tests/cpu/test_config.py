@@ -98,10 +98,14 @@ def test_presets_are_valid_options():
         ({"alpha": 10**400}, "alpha must be a number in [0, 1], not 1000"),
         ({"alpha": "0.1"}, "alpha must be a number in [0, 1], not '0.1'"),
         ({"alpha": True}, "alpha must be a number in [0, 1], not True"),
-        ({"min_share": 1.5}, "min_share must be a number in [0, 1], not 1.5"),
-        ({"min_share": -0.1}, "min_share must be a number in [0, 1], not -0.1"),
-        ({"min_share": None}, "min_share must be a number in [0, 1], not None"),
-        ({"alpha": 2, "min_share": 3}, "alpha must be a number in [0, 1], not 2"),
+        ({"candidate_alpha": 1.5}, "candidate_alpha must be a number in [0, 1], not 1.5"),
+        ({"candidate_alpha": -0.1}, "candidate_alpha must be a number in [0, 1], not -0.1"),
+        ({"candidate_alpha": None}, "candidate_alpha must be a number in [0, 1], not None"),
+        ({"alpha": 2, "candidate_alpha": 3}, "alpha must be a number in [0, 1], not 2"),
+        ({"piece_size": 128}, "piece_size must be one of (0, 4, 8, 16, 32, 64), not 128"),
+        ({"piece_size": 12}, "piece_size must be one of (0, 4, 8, 16, 32, 64), not 12"),
+        ({"piece_size": 8.0}, "piece_size must be an integer in [0, 2147483647], not 8.0"),
+        ({"piece_size": -8}, "piece_size must be an integer in [0, 2147483647], not -8"),
         ({"num_sink_blocks": -1}, "num_sink_blocks must be an integer in [0, 2147483647], not -1"),
         ({"num_window_blocks": 0}, "num_window_blocks must be an integer in [1, 2147483647], not 0"),
         ({"num_dense_layers": 2.0}, "num_dense_layers must be an integer in [0, 2147483647], not 2.0"),
@@ -132,7 +136,9 @@ def test_options_that_are_no_object():
         ({"FLASHPREFILL_ALHPA": "0.1"}, "unknown environment variable FLASHPREFILL_ALHPA; did you mean"),
         ({"FLASHPREFILL_ALPHA": "much"}, "FLASHPREFILL_ALPHA must be a number, not 'much'"),
         ({"FLASHPREFILL_NUM_SINK_BLOCKS": "1.5"}, "FLASHPREFILL_NUM_SINK_BLOCKS must be an integer, not '1.5'"),
-        ({"FLASHPREFILL_MIN_SHARE": "some"}, "FLASHPREFILL_MIN_SHARE must be a number, not 'some'"),
+        ({"FLASHPREFILL_CANDIDATE_ALPHA": "some"}, "FLASHPREFILL_CANDIDATE_ALPHA must be a number, not 'some'"),
+        ({"FLASHPREFILL_PIECE_SIZE": "8.0"}, "FLASHPREFILL_PIECE_SIZE must be an integer, not '8.0'"),
+        ({"FLASHPREFILL_PIECE_SIZE": "6"}, "piece_size must be one of (0, 4, 8, 16, 32, 64), not 6"),
         ({"FLASHPREFILL_ALPHA": "7"}, "alpha must be a number in [0, 1], not 7.0"),
         ({"FLASHPREFILL_SERVICE": "1"}, "unknown environment variable FLASHPREFILL_SERVICE; "),
         ({"FLASHPREFILL_PORTS": "1"}, "unknown environment variable FLASHPREFILL_PORTS; "),
@@ -166,11 +172,39 @@ def test_what_kubernetes_says_of_a_service_is_no_option(service):
     assert FlashPrefillConfig.from_env(environ) == FlashPrefillConfig()
 
 
-def test_min_share_takes_the_place_of_alpha_but_not_of_0():
-    assert not FlashPrefillConfig(alpha=0.2).row_share and FlashPrefillConfig(alpha=0.2).limit == 0.2
-    shares = FlashPrefillConfig.from_vllm(vllm_config(), {"FLASHPREFILL_MIN_SHARE": "0.001"})
-    assert shares.row_share and shares.limit == 0.001
-    assert FlashPrefillConfig(alpha=0.0, min_share=0.001).limit == 0
+DROPPED = "min_share is no option any more: it lost the facts of long prompts; use alpha, with piece_size 8"
+# What calibration wrote once.
+OLD_PRESET = '{"flashprefill": {"min_share": 0.0126, "num_dense_layers": 1}}'
+
+
+def test_a_dropped_option_is_one_clear_error_wherever_it_comes_from():
+    engines = [SimpleNamespace(additional_config=json.loads(OLD_PRESET)), vllm_config({"alpha": 0.1, "min_share": 0.0})]
+    for engine in engines:
+        with pytest.raises(ValueError) as error:
+            FlashPrefillConfig.from_vllm(engine, {})
+        assert str(error.value).startswith(f"flashprefill: {DROPPED}")
+    for environ in ({"FLASHPREFILL_MIN_SHARE": "0.001"}, {"FLASHPREFILL_CODE_OPTIONS": '{"min_share": 0.1}'}):
+        with pytest.raises(ValueError, match=r"(?i)min_share is no option any more: .*; use alpha, with piece_size 8"):
+            FlashPrefillConfig.from_env(environ)
+
+
+def test_blocks_are_scored_by_pieces_unless_asked_otherwise():
+    sizes = {size: FlashPrefillConfig(piece_size=size).num_pieces for size in (0, 4, 8, 16, 32, 64)}
+    assert sizes == {0: 0, 4: 32, 8: 16, 16: 8, 32: 4, 64: 2}
+    assert FlashPrefillConfig().piece_size == 8
+    assert FlashPrefillConfig.from_env({"FLASHPREFILL_PIECE_SIZE": "0"}).piece_size == 0
+    assert FlashPrefillConfig.from_env({"FLASHPREFILL_CANDIDATE_ALPHA": "0"}).candidate_alpha == 0
+
+
+def test_pieces_are_larger_in_an_engine_for_very_long_sequences():
+    def size(max_model_len, options=None, **environ):
+        engine = vllm_config(options)
+        engine.model_config.max_model_len = max_model_len
+        return FlashPrefillConfig.from_vllm(engine, environ).piece_size
+
+    assert [size(length) for length in (4096, 524_288, 524_289, 1 << 20)] == [8, 8, 16, 16]
+    assert size(1 << 20, {"piece_size": 0}) == 0
+    assert size(1 << 20, FLASHPREFILL_PIECE_SIZE="8") == 8
 
 
 def test_enabled_takes_0_and_1_only():

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ from tests.support.plain_cases import SCALE, request_strategy, tensors
 from tests.support.request import paged
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill_varlen
+from vllm_flashprefill.config import ROW_STEP
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.reference import (
     block_mean_ref,
     block_score_ref,
     block_select_ref,
-    block_share_ref,
     flash_prefill_paged_ref,
     flash_prefill_ref,
+    piece_score_ref,
     select_blocks_ref,
 )
 
@@ -99,42 +101,113 @@ def test_score_survives_logits_no_exponential_can_hold():
     assert (score.amax(dim=-1) >= 1).all()
 
 
-@pytest.mark.parametrize("context_len", [0, 300, 384])
-def test_share_is_the_mean_of_the_rows_own_softmax(context_len):
-    q, k, _ = tensors(200, context_len + 200, heads=2, kv_heads=1)
-    k_mean = block_mean_ref(k, 128)
-    share = block_share_ref(q, k_mean, context_len=context_len, block_size=128, softmax_scale=SCALE)
+def alike_in_pieces(k, size):
+    """The keys, those of each piece of that size equal to its first; a last, partial one is left as it is."""
+    whole = len(k) // size * size
+    return torch.cat([k[:whole:size].repeat_interleave(size, dim=0), k[whole:]])
+
+
+@pytest.mark.parametrize("context_len", [0, 301, 384])
+def test_pieces_of_equal_keys_score_exact_masses(context_len):
+    seq_len = context_len + 500
+    q, k, _ = tensors(500, seq_len, heads=2, kv_heads=1)
+    k = alike_in_pieces(k, 4)
+    config = FlashPrefillConfig(piece_size=4, candidate_alpha=0.0)
+    score = piece_score_ref(q, k, context_len=context_len, config=config, softmax_scale=SCALE)
     first = context_len // 128
-    assert share.shape == (2, -(-(context_len + 200) // 128) - first, len(k_mean))
-    for index in range(share.shape[1]):
+    assert score.shape == (2, -(-seq_len // 128) - first, -(-seq_len // 128))
+    for index in range(score.shape[1]):
         own = first + index
-        assert (share[:, index, own:] == 0).all()
-        for head, j in itertools.product(range(2), range(own)):
-            shares = []
-            for position in range(max(context_len, own * 128), min(context_len + 200, (own + 1) * 128)):
-                mass = (SCALE * (k_mean[:own, 0].double() @ q[position - context_len, head].double())).exp()
-                shares.append(float(mass[j] / mass.sum()))
-            assert share[head, index, j].item() == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+        assert (score[:, index, own:] == 0).all()
+        if not own:
+            continue
+        # Every second row, from the first in the chunk on.
+        rows = torch.arange(max(context_len, own * 128), min(seq_len, (own + 1) * 128), 2) - context_len
+        for head in range(2):
+            logits = SCALE * q[rows, head].double() @ k[: own * 128, 0].double().T
+            mass = logits.exp().sum(dim=0).view(own, 128).sum(dim=1)
+            share = score[head, index, :own].double()
+            torch.testing.assert_close(share / share.sum(), mass / mass.sum(), rtol=1e-4, atol=0)
 
 
-def test_a_row_of_large_logits_has_no_more_say_in_the_share():
-    q, k, _ = tensors(256, 1024, heads=1, kv_heads=1)
-    q[0] *= 1000
-    share = block_share_ref(q, block_mean_ref(k, 128), context_len=768, block_size=128, softmax_scale=SCALE)
-    assert torch.isfinite(share).all()
-    assert share[0, 0].sum().item() == pytest.approx(1, rel=1e-4)
-    assert share[0, 0].max() < 1 / 128 + 0.5
+def test_one_strong_key_shows_in_its_piece_and_not_in_the_mean_of_its_block():
+    q, k, _ = tensors(1400, 1400, heads=1, kv_heads=1)
+    k[300, 0] += 20 * q[1100, 0]
+    config = FlashPrefillConfig(candidate_alpha=0.0)
+    arguments = dict(context_len=0, softmax_scale=SCALE)
+    pieces = piece_score_ref(q, k, config=config, **arguments)[0, 1100 // 128]
+    whole = block_score_ref(q, block_mean_ref(k, 128), block_size=128, **arguments)[0, 1100 // 128]
+    others = [0, 1, 3, 4, 5, 6, 7]
+    assert pieces[2] > 10 * pieces[others].max()
+    assert whole[2] < whole[others].max()
 
 
-def test_min_share_keeps_what_reaches_it_and_alpha_0_everything():
-    q, k, _ = tensors(1500, 1500)
-    arguments = dict(context_len=0, prompt_len=1500, softmax_scale=SCALE)
-    share = block_share_ref(q, block_mean_ref(k, 128), context_len=0, block_size=128, softmax_scale=SCALE)
-    none = FlashPrefillConfig(alpha=1.0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0)
-    mask = select_blocks_ref(q, k, config=dataclasses.replace(none, min_share=0.2), **arguments)
-    assert torch.equal(mask, ((share >= 0.2) | torch.eye(12, dtype=torch.bool)).tril())
-    every = select_blocks_ref(q, k, config=dataclasses.replace(none, min_share=0.2, alpha=0.0), **arguments)
-    assert torch.equal(every, torch.ones_like(mask).tril())
+@pytest.mark.parametrize("candidate_alpha", [0.05, 0.5, 1.0])
+def test_only_candidates_have_a_score(candidate_alpha):
+    q, k, _ = tensors(1024, 1536)
+    arguments = dict(context_len=512, softmax_scale=SCALE)
+    looked_at = FlashPrefillConfig(candidate_alpha=candidate_alpha)
+    score = piece_score_ref(q, k, config=looked_at, **arguments)
+    every = piece_score_ref(q, k, config=dataclasses.replace(looked_at, candidate_alpha=0.0), **arguments)
+    for index in range(8):
+        own = 4 + index
+        # The published score of the rows that have a say, of blocks that all of them see whole.
+        rows = q[index * 128 : (index + 1) * 128 : 2].transpose(0, 1)
+        mean = block_mean_ref(k[: own * 128], 128).repeat_interleave(2, dim=1).permute(1, 2, 0)
+        coarse = (SCALE * rows @ mean).logsumexp(dim=1)
+        candidate = coarse >= coarse.amax(dim=1, keepdim=True) + math.log(candidate_alpha)
+        assert torch.equal(score[:, index, :own] > 0, candidate)
+        # Among themselves they are as they are among all.
+        for head in range(4):
+            found, expected = (x[head, index, :own][candidate[head]] for x in (score, every))
+            torch.testing.assert_close(found / found.max(), expected / expected.max(), rtol=1e-4, atol=0)
+    none = FlashPrefillConfig(alpha=1e-6, candidate_alpha=candidate_alpha, num_sink_blocks=0, num_window_blocks=1)
+    mask = select_blocks_ref(q, k, prompt_len=4096, config=none, **arguments)
+    own = torch.eye(12, dtype=torch.bool)[4:]
+    assert torch.equal(mask, (score > 0) | own)
+
+
+def test_candidate_alpha_0_looks_at_every_block():
+    q, k, _ = tensors(1400, 1400)
+    config = FlashPrefillConfig(candidate_alpha=0.0)
+    score = piece_score_ref(q, k, context_len=0, config=config, softmax_scale=SCALE)
+    assert torch.equal(score > 0, torch.ones(4, 11, 11, dtype=torch.bool).tril(-1))
+
+
+@pytest.mark.parametrize("context_len", [0, 301])
+def test_every_second_row_has_a_say(context_len):
+    q, k, _ = tensors(900, 900 + context_len)
+    arguments = dict(context_len=context_len, config=FlashPrefillConfig(), softmax_scale=SCALE)
+    score = piece_score_ref(q, k, **arguments)
+    silent = torch.cat([rows[1::ROW_STEP] for rows in blocks_of_chunk(context_len, 900)])
+    others = q.clone()
+    others[silent] = 50.0
+    assert torch.equal(piece_score_ref(others, k, **arguments), score)
+    others[blocks_of_chunk(context_len, 900)[-1][0]] = 50.0
+    assert not torch.equal(piece_score_ref(others, k, **arguments), score)
+
+
+def blocks_of_chunk(context_len, num_tokens):
+    """The rows of each query block."""
+    rows = torch.arange(num_tokens)
+    return [rows[(rows + context_len) // 128 == i] for i in range((rows + context_len)[-1] // 128 + 1)][
+        context_len // 128 :
+    ]
+
+
+def test_piece_scores_survive_logits_no_exponential_can_hold():
+    q, k, _ = tensors(700, 700)
+    score = piece_score_ref(100 * q, k, context_len=0, config=FlashPrefillConfig(), softmax_scale=1.0)
+    assert torch.isfinite(score).all()
+    assert (score[:, 1:].amax(dim=-1) >= 1).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"candidate_alpha": 1.0}, {"piece_size": 64}, {"piece_size": 0}], ids=str)
+def test_alpha_0_keeps_everything(options):
+    q, k, _ = tensors(1500, 1700)
+    config = FlashPrefillConfig(alpha=0.0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0, **options)
+    mask = select_blocks_ref(q, k, context_len=200, prompt_len=1700, config=config, softmax_scale=SCALE)
+    assert torch.equal(mask, torch.ones_like(mask).tril(1))
 
 
 def test_what_is_always_kept():
@@ -163,9 +236,10 @@ def test_the_dense_tail_is_the_prompts_not_the_chunks():
     assert kept[2560][:, -2:].sum() < 4 * (9 + 10)
 
 
+@pytest.mark.parametrize("options", [{}, {"piece_size": 32, "candidate_alpha": 0.2}, {"piece_size": 0}], ids=str)
 @pytest.mark.parametrize("chunk", [128, 512, 896])
-def test_aligned_chunks_select_what_one_pass_selects(chunk):
-    config = FlashPrefillConfig(alpha=0.5)
+def test_aligned_chunks_select_what_one_pass_selects(chunk, options):
+    config = FlashPrefillConfig(alpha=0.5, **options)
     q, k, v = tensors(1900, 1900)
     arguments = dict(prompt_len=1900, config=config, softmax_scale=SCALE)
     whole = select_blocks_ref(q, k, context_len=0, **arguments)

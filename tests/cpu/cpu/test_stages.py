@@ -51,28 +51,35 @@ def test_batched_cpu_attention_gathers_in_pieces(monkeypatch):
 @settings(max_examples=100, deadline=None)
 @given(
     request_strategy,
-    st.sampled_from([{"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 0.8}, {"min_share": 0.1}, {"min_share": 0.3}]),
+    st.sampled_from([0.0, 0.3, 0.8]),
+    st.sampled_from(
+        [{"piece_size": 0}, {}, {"candidate_alpha": 0.3}, {"piece_size": 64, "candidate_alpha": 0.1}, {"piece_size": 4}]
+    ),
     st.sampled_from([(4, 2), (3, 3), (4, 1)]),
     st.sampled_from([1, 2 << 20]),
     st.integers(0, 2**31),
 )
-def test_batched_cpu_selection_equals_the_reference(request_shape, options, heads, logit_bytes, seed):
+def test_batched_cpu_selection_equals_the_reference(request_shape, alpha, options, heads, logit_bytes, seed):
     query_len, context_len, rest = request_shape
     seq_len = query_len + context_len
     q, k, _ = tensors(query_len, seq_len, heads=heads[0], kv_heads=heads[1], seed=seed)
-    config = FlashPrefillConfig(**{"alpha": 1.0, "num_sink_blocks": 1, "num_window_blocks": 1, **options})
+    config = FlashPrefillConfig(alpha=alpha, num_sink_blocks=1, num_window_blocks=1, **options)
     arguments = dict(prompt_len=seq_len + rest, softmax_scale=SCALE)
     with mock.patch.object(block_select, "LOGIT_BYTES", logit_bytes):
         mask = block_select_cpu(q, k, config=config, **arguments)
-    # Between what is kept with a threshold just above and one just below: sums are in another order.
-    near = [
-        select_blocks_ref(q, k, context_len=context_len, config=scaled(config, factor), **arguments)
-        for factor in (1 - 1e-4, 1 + 1e-4)
-    ]
-    assert (near[1] <= mask).all() and (mask <= near[0]).all()
+    # Sums are in another order, so that what is within rounding of a threshold may be on either side of it.
+    least, *candidates = (
+        select_blocks_ref(q, k, context_len=context_len, config=near, **arguments)
+        for near in (scaled(config, "alpha", 1 + 1e-4), *near_candidates(config))
+    )
+    most = select_blocks_ref(q, k, context_len=context_len, config=scaled(config, "alpha", 1 - 1e-4), **arguments)
+    undecided = candidates[0] != candidates[1]
+    assert ((least <= mask) | undecided).all() and ((mask <= most) | undecided).all()
 
 
-def scaled(config, factor):
-    """The config with a threshold that many times its own, where it has one."""
-    name = "min_share" if config.row_share else "alpha"
+def near_candidates(config):
+    return [scaled(config, "candidate_alpha", factor) for factor in (1 - 1e-4, 1 + 1e-4)]
+
+
+def scaled(config, name, factor):
     return dataclasses.replace(config, **{name: min(1.0, getattr(config, name) * factor)})

@@ -7,6 +7,9 @@ import pytest
 
 from evaluation import heatmap, report
 
+MADE = ("multi_key", "multi_value", "multi_query", "variable_tracking")
+RULER = ("niah_multikey_1", "niah_multikey_2", "niah_multivalue", "niah_multiquery", "vt")
+
 
 def test_without_matplotlib_the_heat_map_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -25,41 +28,93 @@ def test_the_heat_map_is_a_png(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def setting(name, samples=(), texts=(), kept=6):
-    counts = [{"of": of, "length": 600, "kept_blocks": kept, "visible_blocks": 10} for of in ("samples", "texts")]
+def setting(name, samples=None, texts=None, kept=6, tasks=("single", "many")):
+    counts = [
+        {"of": of, "length": 600, "task": task, "kept_blocks": kept, "visible_blocks": 10}
+        for of, task in [*(("samples", task) for task in tasks), ("texts", "texts")]
+    ]
     config = None if name == "dense" else {"block_size": 128, "num_dense_tail_blocks": 2}
-    answers = [{"text": text} for text in samples]
-    return {"name": name, "config": config, "samples": answers, "texts": list(texts), "counts": counts}
+    made = {"name": name, "config": config, "counts": counts}
+    if samples is not None:
+        made["samples"] = [None if text is None else {"text": text} for text in samples]
+    return made if texts is None else {**made, "texts": list(texts)}
 
 
-def test_rows_and_sums():
-    def sample(task, group, expected):
-        return SimpleNamespace(
-            task=task,
-            length=600,
-            depth=0.5,
-            group=group,
-            tokens=[1] * 600,
-            expected=expected,
-            metric="string_match_all",
-            classes=[],
-        )
+def sample(task, group, expected):
+    return SimpleNamespace(
+        task=task,
+        length=600,
+        depth=0.5,
+        group=group,
+        tokens=[1] * 600,
+        expected=expected,
+        metric="string_match_all",
+        classes=[],
+    )
 
+
+def by_task(rows):
+    return {(row["task"], row["setting"]): row for row in rows}
+
+
+def test_rows_and_changes():
     samples = [sample("single", "a", ["1"]), sample("single", "b", ["2"]), sample("many", "c", ["3", "4"])]
     settings = [setting("dense", "135"), setting("alpha 0.1", ["9", "2", "34"])]
+    settings[1]["counts"][1].update(kept_blocks=30, visible_blocks=40)
     rows = report.sample_rows(samples, settings)
     assert [row["answers"]["dense"]["score"] for row in rows] == [1, 0, 0]
-    (line,) = report.length_rows(rows, settings)
-    assert (line["setting"], line["density"], line["prompts"]) == ("alpha 0.1", 0.6, 3)
+    changes = by_task(report.change_rows(rows, settings))
+    assert {task for task, _ in changes} == {"single", "many", "all"}
+    line = changes["all", "alpha 0.1"]
+    assert (line["density"], line["n"], line["tokens"]) == (36 / 50, 3, 600)
     # The mean over tasks: (0.5 + 0) / 2 and (0.5 + 1) / 2.
-    assert (line["all"]["dense"], line["all"]["sparse"], line["all"]["difference"]) == (0.25, 0.75, 0.5)
-    assert (line["all"]["lower"], line["all"]["higher"]) == (1, 2)
-    assert line["all"]["interval"] == (0, 1)
-    assert (line["single"]["dense"], line["single"]["difference"]) == (0.5, 0)
-    single, many = report.summarise(rows)
-    assert (single["dense"], many["dense"]) == (0.5, 0)
-    assert single["sparse"]["alpha 0.1"] == {"score": 0.5, "lower": 1, "higher": 1, "same_text": 0}
-    assert "(-1 +1)" in report.tables({"lengths": [line], "summary": [single, many], "predictions": []})
+    assert (line["dense"], line["sparse"], line["change"]) == (25, 75, 50)
+    assert (line["lower"], line["higher"]) == (1, 2)
+    assert (line["low"], line["high"]) == (0, 100)
+    single, many = changes["single", "alpha 0.1"], changes["many", "alpha 0.1"]
+    assert (single["dense"], single["sparse"], single["change"], single["density"]) == (50, 50, 0, 0.6)
+    assert (single["lower"], single["higher"], single["same_text"]) == (1, 1, 0)
+    assert (many["dense"], many["change"], many["n"], many["density"]) == (0, 100, 1, 0.75)
+    shown = report.tables({"changes": list(changes.values()), "predictions": []})
+    assert "+50.0 (+0.0 to +100.0)" in shown
+
+
+@pytest.mark.parametrize("tasks", [list(MADE), list(RULER)], ids=["made", "RULER"])
+def test_tasks_of_several_facts_have_a_mean(tasks):
+    samples = [sample(task, str(n), ["1"]) for n, task in enumerate(["single", *tasks])]
+    right = [task.endswith("key_2") or task == tasks[0] for task in tasks]
+    settings = [setting("dense", "1" * len(samples)), setting("alpha 0.1", ["1", *("01"[each] for each in right)])]
+    found = by_task(report.change_rows(report.sample_rows(samples, settings), settings))
+    assert found["multi-fact", "alpha 0.1"]["sparse"] == pytest.approx(100 * sum(right) / len(right))
+    assert found["multi-fact", "alpha 0.1"]["n"] == len(tasks)
+    fewer = report.change_rows(report.sample_rows(samples[:-1], settings), settings)
+    assert "multi-fact" not in {row["task"] for row in fewer}
+
+
+def test_what_is_not_answered_is_left_out():
+    samples = [sample("single", "a", ["1"]), sample("single", "b", ["2"]), sample("many", "c", ["3"])]
+    settings = [setting("dense", "123"), setting("alpha 0.1", ["1", "2", None]), setting("alpha 0.2")]
+    rows = report.sample_rows(samples, settings)
+    assert [list(row["answers"]) for row in rows] == [["dense", "alpha 0.1"]] * 2 + [["dense"]]
+    assert list(by_task(report.change_rows(rows, settings))) == [("single", "alpha 0.1")]
+    assert report.prediction_rows([{"length": 600, "first": 300}], settings) == []
+
+
+def test_rows_for_results():
+    samples = [sample("single", "a", ["1"]), sample("single", "b", ["2"]), sample("many", "c", ["3"])]
+    text = {"length": 600, "first": 300}
+    dense, sparse = ({"logprobs": [value] * 300, "predicted": [0] * 300} for value in (-1.0, -1.02))
+    settings = [setting("dense", "123", [dense]), setting("alpha 0.1", "193", [sparse], kept=5)]
+    result = {"model": "M", "vllm": "1.2", "device": "GPU", "commit": "abc"}
+    result["changes"] = report.change_rows(report.sample_rows(samples, settings), settings)
+    result["predictions"] = report.prediction_rows([text], settings)
+    single, many, perplexity = report.csv_rows(result)
+    assert " ".join(single) == ("model vllm gpu commit tokens setting density task n dense sparse change low high")
+    assert list(single.values())[:9] == ["M", "1.2", "GPU", "abc", 600, "alpha 0.1", 0.5, "single", 2]
+    assert [single[name] for name in ("dense", "sparse", "change", "low", "high")] == [100, 50, -50, -100, 0]
+    assert many["task"] == "many" and list(perplexity) == list(single)
+    assert (perplexity["task"], perplexity["n"], perplexity["dense"]) == ("perplexity", 1, 2.718)
+    assert (perplexity["change"], perplexity["low"], perplexity["density"]) == (2.02, 2.02, 0.5)
 
 
 def test_an_interval_draws_clusters_within_strata():
@@ -86,4 +141,4 @@ def test_predictions_are_split_where_the_dense_tail_begins():
     assert (before["change"], tail["change"]) == (pytest.approx(0.01005, abs=1e-5), 0)
     assert (before["agreement"], tail["agreement"]) == (1, round(214 / 215, 4))
     assert tail["density"] == 0.5
-    report.tables({"lengths": [], "summary": [], "predictions": [before, tail]})
+    assert "before the tail" in report.tables({"changes": [], "predictions": [before, tail]})

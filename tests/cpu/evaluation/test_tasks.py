@@ -74,6 +74,29 @@ def test_the_beginning_of_sequence_token_comes_first_where_the_tokenizer_adds_it
             assert len(sample.tokens) <= 700
 
 
+class ChatWords(Words):
+    def apply_chat_template(self, turns, add_generation_prompt, tokenize):
+        assert add_generation_prompt and not tokenize
+        (turn,) = turns
+        return f" <system> Be brief. <user> {turn['content']} <assistant> "
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_in_a_chat_the_question_is_the_users_and_the_answer_the_assistants(task, prose):
+    tokenizer = ChatWords(adds_bos=True)
+    maker = tasks.Maker(tokenizer, prose, chat=True)
+    plain = tasks.make_samples(tasks.Maker(tokenizer, prose), [task], [900], [2], seed=0)
+    for sample, other in zip(tasks.make_samples(maker, [task], [900], [2], seed=0), plain, strict=True):
+        assert (sample.expected, sample.depth) == (other.expected, other.depth)
+        assert 892 <= len(sample.tokens) <= 900
+        prompt = tokenizer.decode(sample.tokens)
+        assert prompt.startswith(" <system> Be brief. <user>") and prompt.count("<user>") == 1
+        said, answer = prompt.split("<assistant>")
+        asked = tokenizer.decode(other.tokens).rsplit("\n\nQuestion: ", 1)[1]
+        assert said.rstrip().endswith(asked.split("\nAnswer: ")[0].rstrip())
+        assert answer.strip() == asked.split("\nAnswer: ")[1].strip()
+
+
 def test_neither_facts_nor_texts_are_those_of_calibration(prose, tokenizer, maker):
     import pydoc_data.topics
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tools import docs, plot
+from tools import docs, plot, rows
 
 FOLDERS = (
     "benchmarks|docs|evaluation|examples|patches|requirements|research|results|scripts|tests|tools|vllm_flashprefill"
@@ -36,6 +36,40 @@ def test_a_changed_row_shows(monkeypatch):
     monkeypatch.setitem(plot.PLOTS, name, (plot.draw_kernels, lambda: rows))
     assert "| 9.87 |" in docs.with_tables(page.read_text(encoding="utf-8"))
     assert not plot.is_current(name, docs.ROOT / name)
+
+
+def test_accuracy_is_of_the_newest_commit_of_each_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    assert docs.accuracy() == ""
+
+    def append(**changed):
+        row = dict(
+            model="M", vllm="1", gpu="GPU", commit="b", tokens=32000, setting="alpha 0.1", density=0.171,
+            task="multi-fact", n=240, dense=84.38, sparse=73.9, change=-10.5, low=-15.04, high=-5.8,
+        )  # fmt: skip
+        rows.append_row(tmp_path / "accuracy.csv", {**row, **changed})
+
+    append(commit="a")
+    append(task="perplexity", n=2, dense=2.718, sparse=2.7321, change=0.512, low=-0.1, high=1.204)
+    append(sparse=1.0)
+    append()
+    append(task="multi_key", n=60, dense=86.67, density="")
+    append(setting="alpha 0.08, piece_size 0", n=120, dense=80)
+    append(setting="alpha 0.08, piece_size 0", task="multi_key", n=60, dense=86.67)
+    append(tokens=8192, commit="a")
+    short, whole = docs.accuracy().split("\n\nM, ")
+    assert short.startswith("M, 8,192 tokens, vLLM 1, GPU, commit a:\n\n| task | n | dense | alpha 0.1 |\n|---|")
+    cell = "73.9: -10.5 (-15.0 to -5.8) at"
+    assert whole.splitlines() == [
+        "32,000 tokens, vLLM 1, GPU, commit b:",
+        "",
+        "| task | n | dense | alpha 0.1 | alpha 0.08, piece_size 0 |",
+        "|---|---|---|---|---|",
+        f"| multi-fact | 240 | 84.4 | {cell} 17.1 % | |",
+        f"| multi-fact | 120 | 80.0 | | {cell} 17.1 % |",
+        f"| multi_key | 60 | 86.7 | {cell} dense | {cell} 17.1 % |",
+        "| perplexity | 2 | 2.718 | 2.732: +0.51 % (-0.10 to +1.20) at 17.1 % | |",
+    ]
 
 
 THREE_DIGITS = {"0.01346": "0.0135", "0.4196": "0.420", "2.5": "2.50", "13.27": "13.3", "1823.07": "1823"}

@@ -21,7 +21,7 @@ SCALE = 0.125
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [0, 16, 48, 128, 256])
-@pytest.mark.parametrize("options", [{}, {"min_share": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"piece_size": 8, "candidate_alpha": 0.05}, {"piece_size": 16}], ids=str)
 def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
     config = sparse_config(**options)
     requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
