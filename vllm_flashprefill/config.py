@@ -68,6 +68,8 @@ class FlashPrefillConfig:
         num_dense_tail_blocks: last query blocks of a prompt that attend to everything.
         min_sparse_tokens: prompts shorter than this many tokens stay dense.
         num_dense_layers: this many first layers of the model stay dense.
+        max_density: in vLLM, a layer that was seen to keep more than this share of its key blocks is dense for a while;
+            in [0, 1], 1 for never. Not with alpha 0.
         min_share: if above 0, a key block is kept where the share of attention that the query block's rows give to its
             mean key, of all before their own block, is at least this on average; alpha, unless 0, has no say.
     """
@@ -79,10 +81,11 @@ class FlashPrefillConfig:
     num_dense_tail_blocks: int = 2
     min_sparse_tokens: int = 4096
     num_dense_layers: int = 0
+    max_density: float = 0.8
     min_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "min_share"):
+        for name in ("alpha", "max_density", "min_share"):
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"flashprefill: {name} must be a number in [0, 1], not {value!r}")
