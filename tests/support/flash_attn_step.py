@@ -139,8 +139,8 @@ class Classes(Side):
             drafted: tokens of each request that were drafted before and not accepted, which the runner does not know.
         """
         computed = np.array([r.context_len for r in step.requests]) + drafted
-        known = np.array([r.prompt_len for r in step.requests])
-        with mock.patch.object(prompt_lengths, "_watched", (computed, known)):
+        scheduled, known = (np.array([getattr(r, name) for r in step.requests]) for name in ("query_len", "prompt_len"))
+        with mock.patch.object(prompt_lengths, "_watched", (computed, scheduled, known)):
             return self.builder.build(common_prefix_len, step.common(**changes))
 
     def forward(self, step, metadata, inputs=None, **scales):

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+Lengths = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -21,26 +23,32 @@ class Source:
 
     Attributes:
         method: one that runs once a step, after the batch is known and before metadata is built.
-        lengths: (runner, what the method returned) to (tokens computed before this step, tokens known), each
-            [num_reqs] integers that nothing changes later.
+        lengths: (runner, what the method returned, its arguments) to (tokens computed before this step, of this step,
+            and known), each [num_reqs] integers that nothing changes later.
     """
 
     method: str
-    lengths: Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]
+    lengths: Callable[..., Lengths]
 
 
-def _input_batch_lengths(runner: Any, _: Any) -> tuple[np.ndarray, np.ndarray]:
+def _input_batch_lengths(runner: Any, _: Any, scheduler_output: Any) -> Lengths:
     batch = runner.input_batch
+    rows = slice(batch.num_reqs)
+    scheduled = np.array([scheduler_output.num_scheduled_tokens[request] for request in batch.req_ids[rows]])
     # For hybrid models vLLM 0.24.0 takes back refused drafts here after it has worked out the step's lengths.
-    return batch.num_computed_tokens_cpu[: batch.num_reqs].copy(), batch.num_tokens_no_spec[: batch.num_reqs].copy()
+    return batch.num_computed_tokens_cpu[rows].copy(), scheduled, batch.num_tokens_no_spec[rows].copy()
+
+
+def _prepared_lengths(_: Any, inputs: Any, *args: Any, **kwargs: Any) -> Lengths:
+    return inputs.num_computed_tokens_np, inputs.num_scheduled_tokens, inputs.prefill_len_np
 
 
 INPUT_BATCH = Source("_may_reorder_batch", _input_batch_lengths)
 # vLLM's second model runner (vllm.v1.worker.gpu.model_runner).
-PREPARED_INPUTS = Source("prepare_inputs", lambda _, inputs: (inputs.num_computed_tokens_np, inputs.prefill_len_np))
+PREPARED_INPUTS = Source("prepare_inputs", _prepared_lengths)
 
-# Of the step that runs: tokens computed before it, and known.
-_watched: tuple[np.ndarray, np.ndarray] | None = None
+# Of the step that runs, as of `Source.lengths`.
+_watched: Lengths | None = None
 _wrapped: list[tuple[type, Source]] = []
 
 
@@ -60,7 +68,7 @@ def watch(model_runner_class: type, source: Source = INPUT_BATCH) -> None:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _watched
         result = original(self, *args, **kwargs)
-        _watched = source.lengths(self, result)
+        _watched = source.lengths(self, result, *args, **kwargs)
         return result
 
     watched._flashprefill_original = original
@@ -97,15 +105,15 @@ def prompt_lengths(num_computed_tokens: np.ndarray, first_request: int | None = 
     """
     if _watched is None:
         return None
-    computed, known = _watched
+    computed, scheduled, known = _watched
     if first_request is not None:
         last_request = first_request + len(num_computed_tokens)
-        computed, known = computed[first_request:last_request], known[first_request:last_request]
+        computed, scheduled, known = (x[first_request:last_request] for x in _watched)
     num_reqs = len(computed)
     if not 0 < num_reqs <= len(num_computed_tokens):
         return None
     given = num_computed_tokens[:num_reqs]
-    is_begun = first_request is not None and given[0] > computed[0]
+    is_begun = first_request is not None and computed[0] < given[0] < computed[0] + scheduled[0]
     if not (is_begun or given[0] == computed[0]) or not np.array_equal(computed[1:], given[1:]):
         return None
     lengths = np.zeros(len(num_computed_tokens), dtype=np.int32)

@@ -9,9 +9,11 @@ from vllm_flashprefill.backend.prompt_lengths import INPUT_BATCH, PREPARED_INPUT
 class Runner:
     """What of vLLM's model runner is used."""
 
-    def __init__(self, computed, known):
+    def __init__(self, computed, scheduled, known):
+        self.scheduled = SimpleNamespace(num_scheduled_tokens={f"request {n}": s for n, s in enumerate(scheduled)})
         self.input_batch = SimpleNamespace(
             num_reqs=len(computed),
+            req_ids=[*self.scheduled.num_scheduled_tokens, None],
             num_computed_tokens_cpu=np.array([*computed, 99]),
             num_tokens_no_spec=np.array([*known, 99]),
         )
@@ -23,15 +25,19 @@ class Runner:
 class SecondRunner:
     """What of vLLM's second model runner is used."""
 
-    def __init__(self, computed, known):
-        self.computed, self.known = np.array(computed), np.array(known)
+    def __init__(self, computed, scheduled, known):
+        self.lengths = dict(
+            num_computed_tokens_np=np.array(computed),
+            num_scheduled_tokens=np.array(scheduled),
+            prefill_len_np=np.array(known),
+        )
 
     def prepare_inputs(self, scheduler_output, batch_desc):
-        return SimpleNamespace(num_computed_tokens_np=self.computed, prefill_len_np=self.known)
+        return SimpleNamespace(**self.lengths)
 
 
 def first_step(runner):
-    return runner._may_reorder_batch(None)
+    return runner._may_reorder_batch(runner.scheduled)
 
 
 def second_step(runner):
@@ -45,7 +51,7 @@ def watched(request):
     original = getattr(runner_class, source.method)
     watch(runner_class, source)
     watch(runner_class, source)
-    yield runner_class([0, 512], [4000, 900]), step
+    yield runner_class([0, 512], [2000, 388], [4000, 900]), step
     unwatch(runner_class, source)
     assert getattr(runner_class, source.method) is original
     assert prompt_lengths(np.array([0, 512])) is None
@@ -83,6 +89,10 @@ def test_lengths_that_are_corrected_later_are_those_of_the_step(watched):
         ([1500], 0, [4000]),  # the micro-batch before has the request's first tokens
         ([1500, 512], 0, [4000, 900]),
         ([600, 0], 1, [900, 0]),
+        ([1999], 0, [4000]),
+        ([2000], 0, None),  # beyond what the step does of it: another batch
+        ([899], 1, [900]),
+        ([900], 1, None),
         ([500], 1, None),
         ([0, 500], 0, None),
         ([0], 2, None),
@@ -104,7 +114,7 @@ def test_requests_of_padding_have_no_prompt(watched):
 def test_what_a_runner_returns_is_its_own():
     watch(Runner)
     try:
-        assert Runner([0], [5])._may_reorder_batch(None) == "reordered"
+        assert first_step(Runner([0], [5], [5])) == "reordered"
     finally:
         unwatch(Runner)
 
@@ -114,8 +124,8 @@ def test_the_runner_that_stepped_last_says_it():
     watch(Runner)
     watch(SecondRunner, PREPARED_INPUTS)
     try:
-        first_step(Runner([0, 512], [4000, 900]))
-        second_step(SecondRunner([7], [70]))
+        first_step(Runner([0, 512], [2000, 388], [4000, 900]))
+        second_step(SecondRunner([7], [63], [70]))
         assert prompt_lengths(np.array([0, 512])) is None
         assert prompt_lengths(np.array([7])).tolist() == [70]
     finally:

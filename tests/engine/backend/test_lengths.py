@@ -84,7 +84,11 @@ def test_lengths_from_the_second_model_runner(calls, monkeypatch):
     classes = Classes(SPARSE)
     prompt_lengths.watch(Runner, prompt_lengths.PREPARED_INPUTS)
     try:
-        Runner().prepare_inputs(num_computed_tokens_np=np.array([400, 200]), prefill_len_np=np.array([300, 1000]))
+        Runner().prepare_inputs(
+            num_computed_tokens_np=np.array([400, 200]),
+            num_scheduled_tokens=np.array([1, 500]),
+            prefill_len_np=np.array([300, 1000]),
+        )
         metadata = classes.builder.build(0, common)
     finally:
         prompt_lengths.unwatch(Runner, prompt_lengths.PREPARED_INPUTS)
@@ -100,8 +104,8 @@ def test_micro_batches_know_where_their_prompts_end(calls, monkeypatch):
 
     step = Step([Request(1, 400), Request(500, 200, 300), Request(600, 0, 400)], 16, 0)
     classes = Classes(SPARSE)
-    computed, known = np.array([400, 200, 0]), np.array([401, 1000, 1000])
-    monkeypatch.setattr(prompt_lengths, "_watched", (computed, known))
+    lengths = np.array([400, 200, 0]), np.array([1, 500, 600]), np.array([401, 1000, 1000])
+    monkeypatch.setattr(prompt_lengths, "_watched", lengths)
     halves = [
         ubatch_utils.UBatchSlice(slice(0, 2), slice(0, 301)),
         ubatch_utils.UBatchSlice(slice(1, 3), slice(301, 1101)),
