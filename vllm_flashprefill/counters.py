@@ -10,7 +10,7 @@ import atexit
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -183,14 +183,9 @@ def share_stats() -> None:
         logger.warning("FlashPrefill: no folder for counters (%s); what other processes count is in their logs", error)
         return
     os.environ[ENV_STATS_DIR] = directory
-    owner = os.getpid()
-    _made = owner, directory
-
-    def remove() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(directory, ignore_errors=True)
-
-    atexit.register(remove)
+    _made = os.getpid(), directory
+    # Of this process alone, after its children. A forked multiprocessing child ends without what atexit was given.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (directory, True), exitpriority=-100)
 
 
 def unshare_stats() -> None:

@@ -62,7 +62,7 @@ def test_servers_of_one_launcher_count_for_themselves(shared_stats):
 def serve(tokens, results):
     counters.share_stats()
     counters.recorder().add_dense(DenseReason.DECODE, tokens)
-    results.put(counters.read_stats().dense_tokens)
+    results.put((os.environ["FLASHPREFILL_STATS_DIR"], counters.read_stats().dense_tokens))
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
@@ -74,7 +74,9 @@ def test_servers_started_by_multiprocessing_count_for_themselves(nothing_shared,
         server = context.Process(target=serve, args=(tokens, results))
         server.start()
         server.join()
-        assert results.get() == {"decode": tokens}
+        folder, counted = results.get()
+        assert counted == {"decode": tokens}
+        assert not os.path.exists(folder), "it goes when its server ends"
 
 
 def test_a_server_counts_on_when_its_launcher_has_ended(nothing_shared, tmp_path):
