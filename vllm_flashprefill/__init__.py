@@ -41,8 +41,9 @@ def revert() -> None:
 
 
 def stats() -> Stats:
-    """What the engines of this process have done since `register`: density, and dense tokens by reason.
+    """What this process's engines have done since it configured the first: density, and dense tokens by reason.
 
+    Nothing of engines that other processes start, children of this one among them: each of those reads its own.
     Subtract an earlier reading to see one stretch of work.
     """
     from vllm_flashprefill.counters import read_stats
