@@ -89,16 +89,21 @@ class StatsRecorder:
         self._lock = threading.Lock()
         directory = os.environ.get(ENV_STATS_DIR)
         self._counters: np.ndarray | None = None
+        trouble: str | OSError | None = None
         if directory:
             try:
                 self._counters = _mapped_counters(Path(directory) / f"{os.getpid()}.f64")
             except OSError as error:
-                logger.warning(
-                    "FlashPrefill: no file for the counters of process %d (%s); its log has them, /metrics and the "
-                    "stats() of other processes do not",
-                    os.getpid(),
-                    error,
-                )
+                trouble = error
+        elif multiprocessing.parent_process() is not None:
+            trouble = f"{ENV_STATS_DIR} was not set when it was started"
+        if trouble is not None:
+            logger.warning(
+                "FlashPrefill: no file for the counters of process %d (%s); its log has them, /metrics and the "
+                "stats() of other processes do not",
+                os.getpid(),
+                trouble,
+            )
         self.is_shared = self._counters is not None
         if self._counters is None:
             self._counters = np.zeros(_NUM_COUNTERS)

@@ -144,6 +144,19 @@ def test_without_a_folder_a_process_counts_for_itself(nothing_shared, warnings, 
     assert counters.read_stats().dense_tokens == {"decode": 7}
 
 
+def test_a_child_without_a_folder_says_so(nothing_shared, monkeypatch):
+    """A process without may be an engine within this one, which reads its own counters; nothing reads a child's."""
+    context = multiprocessing.get_context("fork")
+    warnings = context.SimpleQueue()
+    monkeypatch.setattr(counters.logger, "warning", lambda text, *values: warnings.put(text % values))
+    work()
+    assert warnings.empty()
+    child = context.Process(target=work)
+    child.start()
+    child.join()
+    assert not warnings.empty() and "stats() of other processes do not" in warnings.get()
+
+
 def test_a_difference_is_what_happened_between(shared_stats):
     work()
     before = counters.read_stats()

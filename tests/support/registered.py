@@ -20,7 +20,9 @@ def patched():
     """Whatever registering changes outside the package."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.v1.executor.abstract import Executor
 
     names = sorted(name for name in os.environ if name.startswith("FLASHPREFILL"))
     overrides = dict(registry()._ATTN_OVERRIDES) if registry() else {}
-    return names, overrides, EngineArgs.create_engine_config, current_platform.get_attn_backend_cls
+    methods = EngineArgs.create_engine_config, Executor.get_class, current_platform.get_attn_backend_cls
+    return names, overrides, methods

@@ -1,8 +1,9 @@
-"""What is checked of an engine's options and device before its model loads.
+"""What is done before an engine's processes start: above all, checks of its options and device.
 
-Target: ``EngineArgs.create_engine_config``.
-Why: an error in the engine's or a worker's process comes late, after a traceback.
-How: each check runs on the ``VllmConfig`` that the method returns.
+Target: ``EngineArgs.create_engine_config`` and ``Executor.get_class`` of engine V1.
+Why: an error in the engine's or a worker's process comes late, after a traceback. An engine whose config was made
+elsewhere, or by hand, begins with the second.
+How: each check runs on the ``VllmConfig`` that the first returns, other preparations before the second.
 Can go: once vLLM asks its plugins about an engine's options.
 """
 
@@ -46,6 +47,21 @@ def on_engine_config(check: Callable[[Any], None]) -> None:
         return create_engine_config
 
     undo.wrap(EngineArgs, "create_engine_config", checked)
+
+
+def on_engine_start(prepare: Callable[[], None]) -> None:
+    """Run this before each engine that this process starts, whoever made its config."""
+    from vllm.v1.executor.abstract import Executor
+
+    def prepared(original: Any) -> Any:
+        @functools.wraps(original)
+        def get_class(*args: Any, **kwargs: Any) -> Any:
+            prepare()
+            return original(*args, **kwargs)
+
+        return staticmethod(get_class)
+
+    undo.wrap(Executor, "get_class", prepared)
 
 
 def _warn_if_all_is_dense(vllm_config: Any) -> None:

@@ -83,8 +83,9 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     try:
         apply()
         engine_checks.check_engines()
-        # The processes of an engine are started after its config is made.
+        # The processes of an engine are started after its config is made, perhaps by another process.
         engine_checks.on_engine_config(lambda _: counters.share_stats())
+        engine_checks.on_engine_start(counters.share_stats)
     except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A module, a name, a member of its enum or an argument is not there.
         undo.run()

@@ -70,6 +70,17 @@ def test_counters_have_a_folder_from_an_engines_config_to_revert():
     assert "FLASHPREFILL_STATS_DIR" not in os.environ
 
 
+def test_counters_have_a_folder_where_an_engines_config_comes_from_elsewhere():
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.executor.abstract import Executor
+
+    vllm_config = EngineArgs(**engine_arguments()).create_engine_config()
+    vllm_flashprefill.register()
+    assert "FLASHPREFILL_STATS_DIR" not in os.environ
+    Executor.get_class(vllm_config)
+    assert os.path.isdir(os.environ["FLASHPREFILL_STATS_DIR"])
+
+
 def test_registering_again_with_the_same_options_is_nothing_new():
     vllm_flashprefill.register(alpha=0.5)
     once = patched()
