@@ -172,10 +172,12 @@ def flash_prefill_paged(
 
 def _run_stages(q: torch.Tensor, kv: KeyValues, plan: StepPlan, *, config: FlashPrefillConfig, **options):
     """The pipeline of q's device; arguments as of it."""
-    if not q.is_cuda:
+    if q.device.type == "cpu":
         from vllm_flashprefill.cpu.pipeline import run_stages
 
         return run_stages(q, kv, plan.sparse, config=config, **options)
+    if q.device.type != "cuda":
+        raise ValueError(f"q: must be on a CPU or a CUDA GPU, not on {q.device}")
 
     from vllm_flashprefill.kernels.pipeline import run_stages
     from vllm_flashprefill.kernels.schedule import schedule_step

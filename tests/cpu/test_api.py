@@ -1,10 +1,12 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from tests.support.bad_input import bad_calls
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.api import flash_prefill, flash_prefill_paged
+from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 
@@ -15,6 +17,14 @@ def test_bad_input_is_one_clear_error(device):
         with pytest.raises(ValueError, match=f"^{name}: "):
             call()
             pytest.fail(f"call {number}, of a bad {name}, went through")
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 4, 64), (300, 4, 64)])
+def test_a_device_without_stages_is_one_clear_error(shape):
+    q = torch.zeros(shape, dtype=torch.float16, device="meta")
+    call = flash_prefill if len(shape) == 4 else partial(flash_prefill_varlen, cu_seqlens=[0, 300])
+    with pytest.raises(ValueError, match="^q: must be on a CPU or a CUDA GPU, not on meta"):
+        call(q, q, q)
 
 
 def test_the_cpu_takes_any_head_size():
