@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_flashprefill.config import MAX_INTEGER
 from vllm_flashprefill.key_values import FP8_DTYPES, KeyValues
 from vllm_flashprefill.plan import StepPlan
 
@@ -145,5 +146,10 @@ def check_paged(q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tenso
             )
         if request.query_len < 1 or request.context_len < 0:
             raise ValueError(f"plan: request {request.index} has no queries, or a negative context")
+        if not request.seq_len <= request.prompt_len <= MAX_INTEGER:
+            raise ValueError(
+                f"plan: request {request.index}'s prompt_len {request.prompt_len} is not from its "
+                f"{request.seq_len} tokens to {MAX_INTEGER}"
+            )
         if not 0 <= request.query_start <= q.shape[0] - request.query_len:
             raise ValueError(f"plan: request {request.index} is not within q's {q.shape[0]} tokens")

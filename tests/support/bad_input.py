@@ -113,6 +113,8 @@ def bad_paged_calls(q, elsewhere):
         call("plan", plan=planned(query_start=-1)),
         call("plan", plan=planned(query_len=0)),
         call("plan", plan=planned(context_len=-1)),
+        call("plan", plan=planned(prompt_len=287)),
+        call("plan", plan=planned(prompt_len=2**40)),
         call("softmax_scale", softmax_scale=0.0),
         call("out", out=torch.empty_like(q[:287])),
         call("k_scale", k_scale=one),
