@@ -23,7 +23,7 @@ class FlashPrefillImplMixin:
     """Goes before vLLM's attention impl class; `forward` sends a step with sparse requests to `forward_sparse`.
 
     A layer that must be dense, and a step with no sparse request, is vLLM's own `forward`, untouched. A version's
-    class says how its cache looks (`paged_kv`), and how it is written where that is done in `forward` (`write_kv`).
+    class says how its cache looks (`paged_kv`), and how it is written (`write_kv`, or `KVWrittenBeforeMixin`).
 
     Attributes:
         dense_forward_writes_kv: whether vLLM's `forward` must be given keys and values, which it then writes again.
@@ -162,9 +162,17 @@ class FlashPrefillImplMixin:
     ) -> None:
         """Write this step's keys and values, [tokens or more, G, D] each, into the cache.
 
-        Nothing where vLLM's layer has, by `do_kv_cache_update`.
+        A version's class must say how: what is left out here is attended to as it was before the step.
         """
+        raise NotImplementedError
 
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of the cache as [num_pages, page_size, G, D] views."""
         raise NotImplementedError
+
+
+class KVWrittenBeforeMixin:
+    """Goes before `FlashPrefillImplMixin` where vLLM's layer has written the cache, by `do_kv_cache_update`."""
+
+    def write_kv(self, *args: Any) -> None:
+        pass

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
+from vllm_flashprefill.backend.attention_impl import KVWrittenBeforeMixin
 from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
 from vllm_flashprefill.backend.prompt_lengths import PREPARED_INPUTS, watch
 from vllm_flashprefill.device import upload
@@ -37,7 +38,7 @@ class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheMetadataBuilder):
         return updated
 
 
-class FlashPrefillFlashAttnImpl(FlashAttnImplMixin, FlashAttentionImpl):
+class FlashPrefillFlashAttnImpl(KVWrittenBeforeMixin, FlashAttnImplMixin, FlashAttentionImpl):
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # [num_pages, 2, page_size, G, D].
         k_cache, v_cache = kv_cache.unbind(1)

@@ -9,6 +9,7 @@ import pytest
 
 import vllm_flashprefill
 from tests.support.registered import LOADER, VERSION, patched, registry
+from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin, KVWrittenBeforeMixin
 from vllm_flashprefill.patches import versions
 
 OTHERS = [loader for loader in versions.LOADERS.values() if loader != LOADER]
@@ -80,3 +81,17 @@ def test_a_missing_symbol_is_one_error(monkeypatch, owner, name):
         with pytest.raises(RuntimeError, match=f"has not what {LOADER} extends .*{name}"):
             loader.load()
     assert patched() == before
+
+
+@pytest.mark.parametrize("name", ["cpu.FlashPrefillCPUImpl", "flash_attn.FlashPrefillFlashAttnImpl"])
+def test_the_cache_is_written_by_the_layer_or_by_our_impl(name):
+    module, _, impl_class = name.partition(".")
+    classes = importlib.import_module(f"vllm_flashprefill.patches.vllm_{VERSION.replace('.', '_')}_{module}")
+    impl = getattr(classes, impl_class)
+    assert impl.write_kv is not FlashPrefillImplMixin.write_kv
+    assert hasattr(impl, "do_kv_cache_update") == (impl.write_kv is KVWrittenBeforeMixin.write_kv)
+
+
+def test_a_version_that_does_not_say_who_writes_the_cache_is_an_error():
+    with pytest.raises(NotImplementedError):
+        FlashPrefillImplMixin.write_kv(*[None] * 6)
