@@ -23,7 +23,7 @@ def test_bad_input_is_one_clear_error(device):
 def test_a_device_without_stages_is_one_clear_error(shape):
     q = torch.zeros(shape, dtype=torch.float16, device="meta")
     call = flash_prefill if len(shape) == 4 else partial(flash_prefill_varlen, cu_seqlens=[0, 300])
-    with pytest.raises(ValueError, match="^q: must be on a CPU or a CUDA GPU, not on meta"):
+    with pytest.raises(ValueError, match=r"^q: must be on a CPU or a CUDA GPU, not on meta$"):
         call(q, q, q)
 
 
