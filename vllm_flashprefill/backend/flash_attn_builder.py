@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,14 +23,21 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if torch.device(self.device).type == "cuda":
-            layers = self.vllm_config.compilation_config.static_forward_context.values()
             compile_kernels(
-                (layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), FlashAttnImplMixin)),
+                self.own_impls(),
                 self.new_cache,
                 page_size=self.block_size,
                 dtype=self.vllm_config.model_config.dtype,
                 device=torch.device(self.device),
             )
+
+    def own_impls(self) -> Iterator[FlashAttnImplMixin]:
+        """Those of the layers that this builds metadata for; of all layers in vLLM 0.10.0, which does not say."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in getattr(self, "layer_names", layers):
+            impl = getattr(layers.get(name), "impl", None)
+            if isinstance(impl, FlashAttnImplMixin):
+                yield impl
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> Any:

@@ -60,7 +60,8 @@ def compile_kernels(
                 logger.info(
                     "FlashPrefill: compiled its kernels for %s in %.1f s", described, time.perf_counter() - started
                 )
-        impl.kernels_failed = kind in _failed
+        # Builders of other layers, with pages of other sizes, may warm up for this one too.
+        impl.kernels_failed |= kind in _failed
 
 
 def _run_kernels(

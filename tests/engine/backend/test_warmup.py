@@ -7,7 +7,7 @@ import torch
 
 from tests.support.flash_attn_step import DTYPE, EXACT, HEAD_SIZE, HEADS, KV_HEADS, SPARSE, Classes, Step
 from tests.support.request import Request
-from tests.support.vllm_side import MAX_TOKENS, counted
+from tests.support.vllm_side import LAYER, MAX_TOKENS, counted
 from vllm_flashprefill.backend import warmup
 
 
@@ -62,6 +62,35 @@ def test_a_layer_without_an_index_ends_the_start_of_an_engine(monkeypatch):
         pytest.raises(ValueError, match=r"'model\.attn' has no layer index"),
     ):
         Classes(EXACT)
+
+
+def test_a_builder_warms_up_for_its_own_layers(monkeypatch):
+    """The caches of others may have another page size. vLLM 0.10.0 does not say which they are."""
+    classes, other = Classes(SPARSE), Classes(SPARSE)
+    layers = {LAYER: classes.layer, "model.layers.2.self_attn.attn": other.layer, "model.layers.3.mixer": object()}
+    monkeypatch.setattr(classes.vllm_config.compilation_config, "static_forward_context", layers)
+    known = hasattr(classes.builder, "layer_names")
+    assert list(classes.builder.own_impls()) == ([classes.impl] if known else [classes.impl, other.impl])
+
+
+@pytest.mark.parametrize("page_sizes", [(16, 32), (32, 16)])
+def test_another_builders_page_size_says_nothing_of_a_layer_that_failed(calls, monkeypatch, page_sizes):
+    from vllm.config import set_current_vllm_config
+
+    def fail_for_16(q, kv, *args, **kwargs):
+        if kv.k.shape[1] == 16:
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(warmup, "_compiled", set())
+    monkeypatch.setattr(warmup, "_failed", set())
+    monkeypatch.setattr(warmup, "flash_prefill_paged", fail_for_16)
+    classes = Classes(SPARSE)
+    with set_current_vllm_config(classes.vllm_config):
+        for page_size in page_sizes:
+            warmup.compile_kernels(
+                [classes.impl], classes.builder.new_cache, page_size=page_size, dtype=DTYPE, device=torch.device("cpu")
+            )
+    assert classes.impl.kernels_failed
 
 
 @pytest.mark.parametrize("what", ["new_cache", "flash_prefill_paged"])
