@@ -17,6 +17,7 @@ left out altogether.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -178,11 +179,11 @@ class FixedDensity:
     """In place of `block_select`: stage 3, then as many blocks for each query block as give the published density.
 
     Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all.
+    `candidate_alpha` leaves as many blocks for the pieces to choose from as a real model has.
     """
 
     def __init__(self) -> None:
-        from kernel_data import DENSITY
-
+        from benchmarks.kernel_data import DENSITY
         from vllm_flashprefill.kernels import block_select
 
         self.select = block_select.block_select
@@ -205,21 +206,45 @@ class FixedDensity:
         return prompt_blocks
 
     def __call__(self, q, mean, schedule, slab, *, config, lists, counts, block_counts, **options: Any) -> None:
+        def select(config, block_counts=None):
+            self.select(
+                q, mean, schedule, slab, config=config, lists=lists, counts=counts, block_counts=block_counts, **options
+            )
+
         if config.alpha == 0.0:
-            options["block_counts"] = block_counts
-        self.select(q, mean, schedule, slab, config=config, lists=lists, counts=counts, **options)
-        if config.alpha == 0.0:
+            select(config, block_counts)
             return
         # The lengths are read from the GPU in a step's first layer, the lists of a length made once.
         if schedule is not self.schedule:
             self.schedule, self.lengths = schedule, schedule.requests.cpu().numpy()
         key = (self.lengths.tobytes(), slab)
         if key not in self.made:
-            self.made[key] = self._lists(q.shape[2], schedule, slab, config)
-        fixed_lists, fixed_counts, fixed_block_counts = self.made[key]
+            fixed = self._lists(q.shape[2], schedule, slab, config)
+            self.made[key] = (*fixed, self._with_candidates(select, config, *fixed[2].tolist()))
+        fixed_lists, fixed_counts, fixed_block_counts, config = self.made[key]
+        select(config)
         block_counts.add_(fixed_block_counts)
         lists[: len(fixed_lists)].copy_(fixed_lists)
         counts[: len(fixed_counts)].copy_(fixed_counts)
+
+    @staticmethod
+    def _with_candidates(select, config, kept: int, visible: int):
+        """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept."""
+        import torch
+
+        from benchmarks.bench_kernels import CANDIDATES
+
+        if not config.piece_size:
+            return config
+        low, high = 0.0, 1.0
+        for _ in range(16):
+            # With the least alpha all candidates are kept.
+            tried = dataclasses.replace(config, alpha=1e-30, candidate_alpha=(low + high) / 2)
+            counted = torch.zeros(2, dtype=torch.int64, device="cuda")
+            select(tried, counted)
+            enough = counted[0].item() >= min(visible, CANDIDATES * kept)
+            low, high = (tried.candidate_alpha, high) if enough else (low, tried.candidate_alpha)
+        return dataclasses.replace(config, candidate_alpha=low)
 
     def _lists(self, heads: int, schedule, slab, config):
         import torch

@@ -6,7 +6,7 @@ An option is taken from the first of these that names it:
 2. an environment variable, ``FLASHPREFILL_ALPHA=0.1``
 3. code, ``vllm_flashprefill.register(alpha=0.1)``
 4. the preset of the model family and head size (`PRESETS`, `PRESETS_BY_HEAD_SIZE`)
-5. the default of `FlashPrefillConfig`
+5. the default of `FlashPrefillConfig`; in an engine for sequences longer than `LONG_SEQUENCE`, pieces of 16
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from collections.abc import Mapping
 from typing import Any
 
 BLOCK_SIZE = 128
+# Every such row of a query block is scored against pieces of key blocks, from the first one of the chunk on.
+ROW_STEP = 2
+PIECE_SIZES = (0, 4, 8, 16, 32, 64)
+# From this length on, pieces of 8 keys would take more than 128 MiB of a GPU that holds 8 KV heads of 128.
+LONG_SEQUENCE = 512 * 1024
 # Options and what is computed of them are int32 in the kernels.
 MAX_INTEGER = 2**31 - 1
 
@@ -68,8 +73,10 @@ class FlashPrefillConfig:
         num_dense_tail_blocks: last query blocks of a prompt that attend to everything.
         min_sparse_tokens: prompts shorter than this many tokens stay dense.
         num_dense_layers: this many first layers of the model stay dense.
-        min_share: if above 0, a key block is kept where the share of attention that the query block's rows give to its
-            mean key, of all before their own block, is at least this on average; alpha, unless 0, has no say.
+        piece_size: keys of the pieces by whose mean keys a block is scored; 4, 8, 16, 32 or 64. 0: by the mean key of
+            the whole block, as published, which loses facts.
+        candidate_alpha: with pieces, only blocks that the published score puts at this fraction of the best block's are
+            looked at; in [0, 1]. 0 looks at every block.
     """
 
     alpha: float = 0.05
@@ -79,10 +86,11 @@ class FlashPrefillConfig:
     num_dense_tail_blocks: int = 2
     min_sparse_tokens: int = 4096
     num_dense_layers: int = 0
-    min_share: float = 0.0
+    piece_size: int = 8
+    candidate_alpha: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "min_share"):
+        for name in ("alpha", "candidate_alpha"):
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"flashprefill: {name} must be a number in [0, 1], not {value!r}")
@@ -92,16 +100,13 @@ class FlashPrefillConfig:
                 raise ValueError(f"flashprefill: {name} must be an integer in [{least}, {MAX_INTEGER}], not {value!r}")
         if self.block_size != BLOCK_SIZE:
             raise ValueError(f"flashprefill: block_size must be {BLOCK_SIZE}, not {self.block_size}")
+        if self.piece_size not in PIECE_SIZES:
+            raise ValueError(f"flashprefill: piece_size must be one of {PIECE_SIZES}, not {self.piece_size}")
 
     @property
-    def row_share(self) -> bool:
-        """Whether blocks are scored by rows' shares, with min_share, or as published, with alpha."""
-        return self.min_share > 0
-
-    @property
-    def limit(self) -> float:
-        """What keeps a block: this share with row_share, else this fraction of the best score; 0 keeps all."""
-        return self.min_share if self.row_share and self.alpha > 0 else self.alpha
+    def num_pieces(self) -> int:
+        """Pieces of a block; 0 where blocks are scored whole."""
+        return self.block_size // self.piece_size if self.piece_size else 0
 
     @classmethod
     def from_options(cls, *sources: Mapping[str, Any]) -> FlashPrefillConfig:
@@ -113,6 +118,8 @@ class FlashPrefillConfig:
         merged: dict[str, Any] = {}
         for source in reversed(sources):
             for name in source:
+                if name in DROPPED_OPTIONS:
+                    raise ValueError(f"flashprefill: {name} is no option any more: {DROPPED_OPTIONS[name]}")
                 if name not in OPTIONS:
                     raise ValueError(f"flashprefill: unknown option {name!r}{_suggest(name, OPTIONS)}")
             merged.update(source)
@@ -145,7 +152,9 @@ class FlashPrefillConfig:
                 f"flashprefill: additional_config[{ADDITIONAL_CONFIG_KEY!r}] must be an object of options, "
                 f"not {options!r}"
             )
-        return cls.from_options(options, env_options(environ), code_options(environ), preset)
+        length = getattr(getattr(vllm_config, "model_config", None), "max_model_len", None)
+        by_length = {"piece_size": 16} if isinstance(length, int) and length > LONG_SEQUENCE else {}
+        return cls.from_options(options, env_options(environ), code_options(environ), preset, by_length)
 
 
 _INTEGER_OPTIONS = {
@@ -155,7 +164,9 @@ _INTEGER_OPTIONS = {
     "num_dense_tail_blocks": 0,
     "min_sparse_tokens": 0,
     "num_dense_layers": 0,
+    "piece_size": 0,
 }
+DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/accuracy.md)"}
 OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
 
 
@@ -200,6 +211,8 @@ def env_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         if not name.startswith(ENV_PREFIX) or name in _ENV_RESERVED or _ENV_KUBERNETES.fullmatch(name):
             continue
         option = name.removeprefix(ENV_PREFIX).lower()
+        if option in DROPPED_OPTIONS:
+            raise ValueError(f"flashprefill: {name} is no option any more: {DROPPED_OPTIONS[option]}")
         if option not in OPTIONS:
             known = [ENV_PREFIX + known.upper() for known in OPTIONS] + sorted(_ENV_RESERVED)
             raise ValueError(f"flashprefill: unknown environment variable {name}{_suggest(name, known)}")

@@ -10,9 +10,11 @@ Source: FlashPrefill, arXiv 2603.06199.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.config import ROW_STEP, FlashPrefillConfig
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import StepPlan
 
@@ -64,30 +66,42 @@ def block_score_ref(
     return torch.stack(scores, dim=1)
 
 
-def block_share_ref(
-    q: torch.Tensor, k_mean: torch.Tensor, *, context_len: int, block_size: int, softmax_scale: float
+def piece_score_ref(
+    q: torch.Tensor, k: torch.Tensor, *, context_len: int, config: FlashPrefillConfig, softmax_scale: float
 ) -> torch.Tensor:
-    """Stage 2 with `row_share`: the share of its attention that a row gives to a mean key, averaged over the rows.
+    """Stages 1 and 2 with pieces: how much of its attention a query block would give to the pieces of its candidates.
 
-    A row's share of key block j is exp(s[row, j]) over its sum of all key blocks before the query block's own, so that
-    every row has the same say, whatever its logits.
+    Of the query block's rows in this chunk every `ROW_STEP`-th one, from the first on, has a say. Candidates are the
+    key blocks before the query block's own whose sum over those rows of exp(s[row, block]), s with the block's mean
+    key, is at least `candidate_alpha` of the largest one. A candidate's score is the sum over those rows and over its
+    pieces of exp(s[row, piece] - m), s with the piece's mean key and m the largest of the candidates'.
 
     Args:
-        q: [T, H, D], queries of this chunk.
-        k_mean: [NK, G, D] in float32, from `block_mean_ref`.
+        q: [T, H, D], queries of this chunk. k: [S, G, D], keys of the whole sequence so far.
         context_len: tokens of the sequence before this chunk.
 
     Returns:
-        [H, NQ, NK] in float32; 0 for the query block's own key block and those after it.
+        [H, NQ, NK] in float32; 0 for a block that is no candidate.
     """
     num_tokens, num_heads, _ = q.shape
-    keys = k_mean.repeat_interleave(num_heads // k_mean.shape[1], dim=1).permute(1, 2, 0)
+    num_pieces = config.num_pieces
+
+    def mean_keys(size: int) -> torch.Tensor:
+        return block_mean_ref(k, size).repeat_interleave(num_heads // k.shape[1], dim=1).permute(1, 2, 0)
+
+    blocks, pieces = mean_keys(config.block_size), mean_keys(config.piece_size)
     scores = []
-    for start, end in query_block_bounds(context_len, num_tokens, block_size):
-        rows = q[start - context_len : end - context_len].float().transpose(0, 1)
-        own = start // block_size
-        share = (softmax_scale * (rows @ keys[:, :, :own])).softmax(dim=-1).mean(dim=1)
-        scores.append(torch.nn.functional.pad(share, (0, len(k_mean) - own)))
+    for start, end in query_block_bounds(context_len, num_tokens, config.block_size):
+        rows = q[start - context_len : end - context_len : ROW_STEP].float().transpose(0, 1)
+        own = start // config.block_size
+        score = q.new_zeros(num_heads, blocks.shape[2], dtype=torch.float32)
+        if own:
+            coarse = (softmax_scale * (rows @ blocks[:, :, :own])).logsumexp(dim=1)
+            least = coarse.amax(dim=-1, keepdim=True) + math.log(config.candidate_alpha or 1e-300)
+            s = (softmax_scale * (rows @ pieces[:, :, : own * num_pieces])).unflatten(2, (own, num_pieces))
+            s = s.masked_fill((coarse < least)[:, None, :, None], -torch.inf)
+            score[:, :own] = (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))
+        scores.append(score)
     return torch.stack(scores, dim=1)
 
 
@@ -97,7 +111,7 @@ def block_select_ref(
     """Stage 3, select: which key blocks each query block attends to.
 
     Args:
-        score: [H, NQ, NK], from `block_score_ref`, or `block_share_ref` with row_share.
+        score: [H, NQ, NK], from `block_score_ref`, or with pieces from `piece_score_ref`.
         first_query_block: absolute index of the chunk's first query block.
         num_prompt_blocks: blocks of the whole prompt, whose last `num_dense_tail_blocks` keep everything.
 
@@ -112,7 +126,7 @@ def block_select_ref(
         | (i - j < config.num_window_blocks)
         | (i >= num_prompt_blocks - config.num_dense_tail_blocks)
     )
-    kept = score >= config.limit * (1 if config.row_share else score.amax(dim=-1, keepdim=True))
+    kept = score >= config.alpha * score.amax(dim=-1, keepdim=True)
     return (kept | always) & (j <= i)
 
 
@@ -178,9 +192,11 @@ def select_blocks_ref(
         [H, NQ, NK] bool.
     """
     block_size = config.block_size
-    k_mean = block_mean_ref(k, block_size)
-    arguments = dict(context_len=context_len, block_size=block_size, softmax_scale=softmax_scale)
-    score = (block_share_ref if config.row_share else block_score_ref)(q, k_mean, **arguments)
+    if config.piece_size:
+        score = piece_score_ref(q, k, context_len=context_len, config=config, softmax_scale=softmax_scale)
+    else:
+        k_mean = block_mean_ref(k, block_size)
+        score = block_score_ref(q, k_mean, context_len=context_len, block_size=block_size, softmax_scale=softmax_scale)
     return block_select_ref(
         score,
         first_query_block=context_len // block_size,

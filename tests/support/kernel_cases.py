@@ -1,7 +1,7 @@
 """Inputs and comparisons that the kernel tests share, on the GPU and under Triton's interpreter."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from tests.support.request import paged, structured
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels import pipeline
-from vllm_flashprefill.kernels.block_mean import block_mean
+from vllm_flashprefill.kernels.block_mean import MEAN_DTYPE, block_mean
 from vllm_flashprefill.kernels.block_select import block_select
 from vllm_flashprefill.kernels.fp8 import from_e4m3
 from vllm_flashprefill.kernels.schedule import Schedule, schedule_requests
@@ -19,13 +19,13 @@ from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.key_values import KeyValues, dequantise
 from vllm_flashprefill.plan import SparseRequest, plan_step
-from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, block_share_ref
+from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, piece_score_ref
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
 TIE = 0.01
 
 
-@dataclass
+@dataclasses.dataclass
 class Batch:
     """Requests packed for the paged kernels, and each one's plain tensors."""
 
@@ -115,7 +115,11 @@ def run_select(batch, config, scale):
     """Masks [H, NQ, NK] bool and log2 scores [H, NQ, NK] of each request, from the kernels, on NaN-filled scratch."""
     heads = batch.q.shape[2]
     schedule = batch.schedule
-    mean = block_mean(batch.kv, schedule)
+    pieces = None
+    if config.piece_size:
+        shape = (batch.kv.num_heads, schedule.num_mean_rows, config.num_pieces, batch.q.shape[3])
+        pieces = batch.q.new_full(shape, torch.nan, dtype=MEAN_DTYPE)
+    mean = block_mean(batch.kv, schedule, pieces=pieces)
     masks = [
         torch.zeros(heads, -(-r.seq_len // 128) - r.context_len // 128, -(-r.seq_len // 128), dtype=torch.bool)
         for r in batch.requests
@@ -131,6 +135,7 @@ def run_select(batch, config, scale):
             mean,
             schedule,
             slab,
+            pieces=pieces,
             config=config,
             softmax_scale=scale,
             lists=lists,
@@ -145,7 +150,9 @@ def run_select(batch, config, scale):
                 start = slot * heads + h * (block + 1)
                 kept = lists[start : start + counts[n * heads + h]]
                 assert torch.equal(kept, kept.sort().values) and kept[-1] == block
-                assert (lists[start + len(kept) : start + block + 1] == -1).all(), "nothing is written after the list"
+                after = lists[start + len(kept) : start + block + 1]
+                # With pieces, candidates lay there.
+                assert pieces is not None or (after == -1).all(), "nothing is written after the list"
                 masks[row][h, at, kept.long()] = True
                 scores[row][h, at, : block + 1] = scratch[n * heads + h, : block + 1]
     return masks, scores
@@ -154,16 +161,24 @@ def run_select(batch, config, scale):
 def reference_select(request, part, config, scale):
     """E, its mask and which entries are within rounding of the threshold, from the reference."""
     q, k, _ = part
-    arguments = dict(context_len=request.context_len, block_size=128, softmax_scale=scale)
-    score = (block_share_ref if config.row_share else block_score_ref)(q, block_mean_ref(k, 128), **arguments)
+    arguments = dict(context_len=request.context_len, softmax_scale=scale)
+    candidate_tie = torch.zeros(1, dtype=torch.bool, device=q.device)
+    if config.piece_size:
+        score, more, fewer = (
+            piece_score_ref(q, k, config=dataclasses.replace(config, candidate_alpha=candidate_alpha), **arguments)
+            for candidate_alpha in (config.candidate_alpha * near for near in (1.0, 1 - TIE, 1 + TIE))
+        )
+        candidate_tie = (more > 0) != (fewer > 0)
+    else:
+        score = block_score_ref(q, block_mean_ref(k, 128), block_size=128, **arguments)
     mask = block_select_ref(
         score,
         first_query_block=request.context_len // 128,
         num_prompt_blocks=-(-request.prompt_len // 128),
         config=config,
     )
-    threshold = config.limit * (1 if config.row_share else score.amax(dim=-1, keepdim=True))
-    return score.cpu(), mask.cpu(), ((score - threshold).abs() <= TIE * threshold).cpu()
+    threshold = config.alpha * score.amax(dim=-1, keepdim=True)
+    return score.cpu(), mask.cpu(), (((score - threshold).abs() <= TIE * threshold) | candidate_tie).cpu()
 
 
 def lists_of(masks, batch, slab):
@@ -209,19 +224,17 @@ def check_select(batch, config, scale):
     wrong = total = 0
     for request, part, mask, log2_score in zip(batch.requests, batch.parts, masks, scores, strict=True):
         score, expected, tie = reference_select(request, part, config, scale)
-        relative, found = score, torch.exp2(log2_score)
-        if not config.row_share:
-            # The kernel's scores have no common factor with the reference's: compare as shares of the largest.
-            relative = score / score.amax(dim=-1, keepdim=True)
-            found = torch.exp2(log2_score - log2_score.nan_to_num(-math.inf).amax(dim=-1, keepdim=True))
+        # The kernel's scores have no common factor with the reference's: compare as shares of the largest.
+        relative = score / score.amax(dim=-1, keepdim=True)
+        found = torch.exp2(log2_score - log2_score.nan_to_num(-math.inf).amax(dim=-1, keepdim=True))
         scored = ~log2_score.isnan() & ~relative.isnan() & ~found.isnan()
-        assert ((found - relative).abs() <= 0.01 * relative + 1e-6)[scored].all()
+        assert ((found - relative).abs() <= 0.01 * relative + 1e-6)[scored & ~tie].all()
         if config.alpha > 0:
             i = torch.arange(request.context_len // 128, -(-request.seq_len // 128))[:, None]
             must = (i >= config.num_sink_blocks + config.num_window_blocks) & (
                 i < -(-request.prompt_len // 128) - config.num_dense_tail_blocks
             )
-            visible = must & (torch.arange(mask.shape[2])[None] <= i - int(config.row_share))
+            visible = must & (torch.arange(mask.shape[2])[None] <= i)
             assert scored[:, visible].all(), "every block that is not kept anyway has a score"
         differs = mask != expected
         assert not (differs & ~tie).any(), "selections differ where the score is not at the threshold"
@@ -304,7 +317,14 @@ def nan_workspace(device, num_bytes=32 << 20):
 
 def sparse_config(**options):
     return FlashPrefillConfig(
-        **{"alpha": 0.3, "num_sink_blocks": 1, "num_window_blocks": 2, "num_dense_tail_blocks": 1, **options}
+        **{
+            "alpha": 0.3,
+            "num_sink_blocks": 1,
+            "num_window_blocks": 2,
+            "num_dense_tail_blocks": 1,
+            "piece_size": 0,
+            **options,
+        }
     )
 
 

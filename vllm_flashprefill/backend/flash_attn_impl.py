@@ -42,6 +42,7 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
                 head_size=self.head_size,
                 max_query_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                 max_seq_len=vllm_config.model_config.max_model_len,
+                num_pieces=self.flashprefill_config.num_pieces,
                 device=device,
             )
         )

@@ -40,7 +40,7 @@ def compile_kernels(
         if not impl.may_be_sparse:
             continue
         config = impl.flashprefill_config
-        constants = config.row_share, config.num_sink_blocks, config.num_window_blocks
+        constants = config.num_pieces, config.num_sink_blocks, config.num_window_blocks
         kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtype, device, constants)
         if kind not in _compiled:
             _compiled.add(kind)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.config import ROW_STEP, FlashPrefillConfig
 from vllm_flashprefill.cpu.blocks import in_blocks
 
 # Logits of the query blocks that are scored together take at most this many bytes.
 LOGIT_BYTES = 2 << 20
+# In place of a fraction of 0, whose logarithm is none.
+TINY = 1e-300
 
 
 def block_select_cpu(
@@ -31,34 +35,37 @@ def block_select_cpu(
     tail = -(-prompt_len // block_size) - config.num_dense_tail_blocks
     always = (j < config.num_sink_blocks) | (i - j < config.num_window_blocks) | (i >= tail)
 
-    # [G, D, NK] and [H, NQ, B, D]
-    sums = in_blocks(k.float(), 0, num_key_blocks, block_size).sum(dim=2)
-    means = (sums / ends.diff(prepend=ends.new_zeros(1))[:, None]).transpose(1, 2)
-    blocks = in_blocks(q, context_len % block_size, len(i), block_size)
+    # [G, D, NK], [G, D, NK * pieces] and [H, NQ, rows, D]
+    keys = in_blocks(k.float(), 0, num_key_blocks, block_size)
+    means = (keys.sum(dim=2) / ends.diff(prepend=ends.new_zeros(1))[:, None]).transpose(1, 2)
+    queries = in_blocks(q, context_len % block_size, len(i), block_size)
+    rows = torch.arange(block_size).expand(len(i), -1)
+    if config.piece_size:
+        pieces = keys.view(num_kv_heads, -1, config.piece_size, head_size).mean(dim=2).transpose(1, 2)
+        # From the first row in the chunk on.
+        rows = rows[:, ::ROW_STEP] + (i == first) * (context_len % ROW_STEP)
+    queries, positions = queries[:, torch.arange(len(i))[:, None], rows], i * block_size + rows
+    in_chunk = (positions >= context_len) & (positions < seq_len)
+
+    def logits(some: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """[H, n, rows, keys], -inf for rows outside the chunk."""
+        s = queries[:, some].float().view(num_kv_heads, -1, head_size) @ keys
+        s = s.view(num_heads, len(some), rows.shape[1], -1) * softmax_scale
+        return s.masked_fill_(~in_chunk[some][..., None], -torch.inf)
 
     kept = torch.zeros(num_heads, len(i), num_key_blocks, dtype=torch.bool)
-    at_once = max(1, LOGIT_BYTES // (4 * num_heads * block_size * num_key_blocks))
-    for some in torch.arange(len(i)).split(at_once):
+    row_bytes = 4 * num_heads * rows.shape[1] * num_key_blocks * max(1, config.num_pieces)
+    for some in torch.arange(len(i)).split(max(1, LOGIT_BYTES // row_bytes)):
         stop = first + int(some[-1]) + 1
-        # [H, n, B, stop]
-        s = blocks[:, some].float().view(num_kv_heads, -1, len(some) * block_size, head_size) @ means[:, None, :, :stop]
-        s = softmax_scale * s.view(num_heads, len(some), block_size, stop)
-        positions = i[some] * block_size + torch.arange(block_size)
-        in_chunk = (positions >= context_len) & (positions < seq_len)
-        score = (_share if config.row_share else _score)(s, positions, in_chunk, ends[:stop], i[some])
-        least = config.limit * (1 if config.row_share else score.amax(dim=-1, keepdim=True))
-        kept[:, some, :stop] = score >= least
-    return (kept | always) & (j <= i)
-
-
-def _score(s, positions, in_chunk, ends, own) -> torch.Tensor:
-    """[H, n, NK], the sum over a query block's rows, each of the blocks that it sees whole, over the largest term."""
-    s.masked_fill_((ends > positions[..., None] + 1) | ~in_chunk[..., None], -torch.inf)
-    return (s - s.amax(dim=(2, 3), keepdim=True)).exp_().sum(dim=2)
-
-
-def _share(s, positions, in_chunk, ends, own) -> torch.Tensor:
-    """[H, n, NK], the mean over a query block's rows of their shares of the blocks before it."""
-    s.masked_fill_((torch.arange(len(ends)) >= own)[:, None], -torch.inf)
-    share = s.softmax(dim=-1).nan_to_num_(0.0) * in_chunk[..., None]
-    return share.sum(dim=2) / in_chunk.sum(dim=1)[:, None]
+        s = logits(some, means[:, :, :stop])
+        # Its own is scored by the row that sees it whole; with pieces, which are for earlier ones, by none.
+        s.masked_fill_(
+            ends[:stop] > (i[some] * block_size if config.piece_size else positions[some] + 1)[..., None], -torch.inf
+        )
+        score = s.logsumexp(dim=2)
+        if config.piece_size:
+            least = score.amax(dim=-1, keepdim=True) + math.log(config.candidate_alpha or TINY)
+            s = logits(some, pieces[:, :, : stop * config.num_pieces]).unflatten(3, (stop, -1))
+            score = s.logsumexp(dim=(2, 4)).masked_fill_((score < least) | score.isinf(), -torch.inf)
+        kept[:, some, :stop] = score >= score.amax(dim=-1, keepdim=True) + math.log(config.alpha or TINY)
+    return (kept | always | (config.alpha == 0)) & (j <= i)

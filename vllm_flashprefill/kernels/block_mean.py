@@ -1,4 +1,4 @@
-"""Stage 1, pool: the mean key of each block, from plain or paged keys."""
+"""Stage 1, pool: the mean key of each block, and of each piece of it, from plain or paged keys."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ MEAN_DTYPE = torch.float16
 MAX_REQUESTS = 65_535
 
 
+@triton.jit
+def _clamped(x):
+    return tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+
+
 @triton.jit(do_not_specialize=["num_mean_rows", "stride_table", "stride_k_scale"])
 def _block_mean_kernel(
     k_ptr,
     mean_ptr,
+    piece_ptr,
     block_table_ptr,
     requests_ptr,
     k_scale_ptr,
@@ -35,6 +41,7 @@ def _block_mean_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PIECES: tl.constexpr,
     FP8: tl.constexpr,
     FP8_NATIVE: tl.constexpr,
 ):
@@ -45,7 +52,11 @@ def _block_mean_kernel(
     if block * BLOCK >= seq_len:
         return
 
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    offs_n = tl.arange(0, BLOCK)
+    if PIECES:
+        # First the first key of each piece, then the second of each: a thread then holds whole pieces.
+        offs_n = offs_n % PIECES * (BLOCK // PIECES) + offs_n // PIECES
+    tokens = block * BLOCK + offs_n
     mask_tokens = tokens < seq_len
     if PAGE_SIZE > 0:
         table_row = tl.load(request_ptr + columns.TABLE_ROW).to(tl.int64)
@@ -60,16 +71,27 @@ def _block_mean_kernel(
     k = tl.load(k_ptrs, mask=mask_tokens[:, None], other=0)
     if FP8:
         k = from_e4m3(k, FP8_NATIVE)
-    # [HEAD_SIZE]
-    mean = tl.sum(k.to(tl.float32), axis=0) / tl.minimum(seq_len - block * BLOCK, BLOCK)
-    mean *= load_scale(k_scale_ptr, kv_head, stride_k_scale)
-    mean = tl.minimum(tl.maximum(mean, -65504.0), 65504.0)
+    k = k.to(tl.float32) * load_scale(k_scale_ptr, kv_head, stride_k_scale)
     row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START) + block
-    tl.store(mean_ptr + row * HEAD_SIZE + offs_dim, mean.to(mean_ptr.dtype.element_ty))
+    if PIECES:
+        # [PIECES, HEAD_SIZE]; of a last, partial block nothing reads them.
+        k = tl.sum(tl.reshape(k, [BLOCK // PIECES, PIECES, HEAD_SIZE]), axis=0)
+        offs_piece = row * PIECES + tl.arange(0, PIECES)
+        piece_ptrs = piece_ptr + offs_piece[:, None] * HEAD_SIZE + offs_dim[None, :]
+        tl.store(piece_ptrs, _clamped(k * (PIECES / BLOCK)).to(piece_ptr.dtype.element_ty))
+    # [HEAD_SIZE]
+    mean = tl.sum(k, axis=0) / tl.minimum(seq_len - block * BLOCK, BLOCK)
+    tl.store(mean_ptr + row * HEAD_SIZE + offs_dim, _clamped(mean).to(mean_ptr.dtype.element_ty))
 
 
-def block_mean(kv: KeyValues, schedule: Schedule, out: torch.Tensor | None = None) -> torch.Tensor:
+def block_mean(
+    kv: KeyValues, schedule: Schedule, out: torch.Tensor | None = None, pieces: torch.Tensor | None = None
+) -> torch.Tensor:
     """The mean key of each block of each scheduled request.
+
+    Args:
+        pieces: [G, schedule.num_mean_rows, pieces of a block, D] in float16, to which the mean key of each piece of a
+            whole block is written.
 
     Returns:
         out, [G, schedule.num_mean_rows, D] in float16, made if None.
@@ -84,6 +106,7 @@ def block_mean(kv: KeyValues, schedule: Schedule, out: torch.Tensor | None = Non
         _block_mean_kernel[grid](
             k,
             out,
+            pieces,
             kv.block_table,
             requests,
             kv.k_scale,
@@ -94,6 +117,7 @@ def block_mean(kv: KeyValues, schedule: Schedule, out: torch.Tensor | None = Non
             HEAD_SIZE=head_size,
             BLOCK=BLOCK_SIZE,
             PAGE_SIZE=kv.page_size,
+            PIECES=0 if pieces is None else pieces.shape[2],
             FP8=kv.fp8,
             FP8_NATIVE=has_e4m3_instruction(k.device),
             num_warps=4,

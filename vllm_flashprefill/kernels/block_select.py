@@ -4,8 +4,8 @@ A program walks over (query block, head) pairs. For each it scores the mean keys
 scratch that is its own, then compares them with the largest and writes the indices of the kept blocks. The score
 is held as log2 E, which has no maximum to subtract: E >= alpha * max E is log2 E >= log2 alpha + max log2 E.
 
-With row_share a program goes over the mean keys twice, the first time for the sum that each row's exponentials are
-divided by, and no maximum is needed later.
+With pieces those are candidates only. Their indices lie in the pair's list for the time being, their pieces are scored
+by the same rows, and the blocks that are kept are written over them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
+from vllm_flashprefill.config import BLOCK_SIZE, ROW_STEP, FlashPrefillConfig
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
@@ -26,8 +26,8 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _load_query(ptrs, dtype: tl.constexpr, cache_modifier: tl.constexpr):
-    q = tl.load(ptrs, cache_modifier=cache_modifier).to(tl.float32)
+def _load_query(ptrs, dtype: tl.constexpr):
+    q = tl.load(ptrs).to(tl.float32)
     return tl.minimum(tl.maximum(q, -65504.0), 65504.0).to(dtype)
 
 
@@ -39,23 +39,53 @@ def _log2_sum(s, scale):
 
 
 @triton.jit
-def _log2_share(s, log2_mass, scale):
-    """s: [BLOCK_N, BLOCK], mean keys by query rows. log2 of the sum over rows of exp2(scale * s - log2_mass)."""
-    return tl.log2(tl.sum(tl.exp2(s * scale - log2_mass[None, :]), axis=1))
+def _write_candidates(scores_row_ptr, list_ptr, query_block, threshold, BLOCK_LIST: tl.constexpr):
+    """Lists the blocks before the query's own that reach the threshold; the others' scores become -inf."""
+    count = 0
+    for start in range(0, query_block, BLOCK_LIST):
+        blocks = start + tl.arange(0, BLOCK_LIST)
+        earlier = blocks < query_block
+        score = tl.load(scores_row_ptr + blocks, mask=earlier, other=float("-inf"))
+        found = (score >= threshold) & earlier
+        slots = count + tl.cumsum(found.to(tl.int32), axis=0) - 1
+        tl.store(list_ptr + slots, blocks, mask=found)
+        tl.store(scores_row_ptr + blocks, float("-inf"), mask=earlier & (found == 0))
+        count += tl.sum(found.to(tl.int32), axis=0)
+    return count
 
 
 @triton.jit
-def _add_mass(s, scale, largest, total):
-    """total * exp2(largest), [BLOCK], with a tile's exp2(scale * s) added. s: [BLOCK, BLOCK_N], rows by mean keys."""
-    s *= scale
-    now = tl.maximum(largest, tl.max(s, axis=1))
-    return now, total * tl.exp2(largest - now) + tl.sum(tl.exp2(s - now[:, None]), axis=1)
+def _score_pieces(
+    q, mask_rows, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
+    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, ROWS]; the largest."""
+    BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
+    offs_dim = tl.arange(0, HEAD_SIZE)
+    offs_piece = tl.arange(0, BLOCK_PIECES)
+    largest = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
+    for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
+        # A place past the end repeats the last.
+        blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
+        # [BLOCK_PIECES, HEAD_SIZE]
+        offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
+        pieces = tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :])
+        s = tl.where(mask_rows[None, :], tl.dot(pieces, q), float("-inf"))
+        # [BLOCKS, PIECES, ROWS]
+        s = tl.reshape(s, [BLOCKS, PIECES, s.shape[1]]) * scale
+        top = tl.maximum(tl.max(tl.max(s, axis=2), axis=1), -1.0e30)
+        score = top + tl.log2(tl.sum(tl.sum(tl.exp2(s - top[:, None, None]), axis=2), axis=1))
+        largest = tl.maximum(largest, score)
+        at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
+        tl.store(scores_row_ptr + at, score)
+    return tl.max(largest, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores"])
 def _block_select_kernel(
     q_ptr,
     mean_ptr,
+    piece_ptr,
     requests_ptr,
     items_ptr,
     lists_ptr,
@@ -66,7 +96,8 @@ def _block_select_kernel(
     first_item,
     num_visible: tl.int64,
     scale,
-    log2_limit,
+    log2_alpha,
+    log2_candidate,
     stride_qb: tl.int64,
     stride_qt,
     stride_qh,
@@ -80,7 +111,10 @@ def _block_select_kernel(
     BLOCK_LIST: tl.constexpr,
     NUM_SINK_BLOCKS: tl.constexpr,
     NUM_WINDOW_BLOCKS: tl.constexpr,
-    ROW_SHARE: tl.constexpr,
+    PIECES: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    PIECE_STAGES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -102,77 +136,63 @@ def _block_select_kernel(
         context_len = tl.load(request_ptr + columns.CONTEXT_LEN)
         keep_all = query_block >= tl.load(request_ptr + columns.FIRST_TAIL_BLOCK)
         keep_all = keep_all | (query_block < NUM_SINK_BLOCKS + NUM_WINDOW_BLOCKS)
-        keep_all = keep_all | (log2_limit == float("-inf"))
+        keep_all = keep_all | (log2_alpha == float("-inf"))
 
         # [BLOCK_N]
         largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+        threshold = log2_alpha
         if not keep_all:
-            # A row outside the chunk repeats the nearest row inside it, and is left out of the sum.
-            rows = query_block * BLOCK + tl.arange(0, BLOCK) - context_len
-            mask_rows = (rows >= 0) & (rows < query_len)
-            offs_rows = tl.load(request_ptr + columns.QUERY_START) + tl.minimum(tl.maximum(rows, 0), query_len - 1)
+            first_row = tl.maximum(query_block * BLOCK - context_len, 0)
+            end_row = tl.minimum((query_block + 1) * BLOCK - context_len, query_len)
             batch = tl.load(request_ptr + columns.BATCH).to(tl.int64)
             q_start_ptr = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
             mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START)
             # [BLOCK_N, HEAD_SIZE]
             mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
+            # [ROWS]; those outside the chunk repeat the last one inside it, and are left out of the sum.
+            rows = first_row + ROW_STEP * tl.arange(0, BLOCK // ROW_STEP)
+            mask_rows = rows < end_row
+            offs_rows = tl.load(request_ptr + columns.QUERY_START) + tl.minimum(rows, end_row - 1)
+            # [HEAD_SIZE, ROWS]
             q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
-
-            if ROW_SHARE:
-                # [BLOCK]; its own block, which is always kept, has no part in it.
-                row_largest = tl.full([BLOCK], -1.0e30, dtype=tl.float32)
-                row_total = tl.zeros([BLOCK], dtype=tl.float32)
-                # [BLOCK, HEAD_SIZE]; loaded again below, since as the other operand its layout differs and both do not
-                # fit. The modifier, the default by another name, keeps the compiler from joining the loads.
-                q_rows = _load_query(q_ptrs, mean_ptr.dtype.element_ty, ".ca")
-                whole_end = query_block // BLOCK_N * BLOCK_N
-                for start in tl.range(0, whole_end, BLOCK_N, num_stages=NUM_STAGES):
-                    mean = tl.load(mean_ptrs + start * HEAD_SIZE)
-                    row_largest, row_total = _add_mass(tl.dot(q_rows, tl.trans(mean)), scale, row_largest, row_total)
-                if whole_end < query_block:
-                    before = whole_end + offs_n < query_block
-                    mean = tl.load(mean_ptrs + whole_end * HEAD_SIZE, mask=before[:, None], other=0.0)
-                    s = tl.where(before[None, :], tl.dot(q_rows, tl.trans(mean)), float("-inf"))
-                    row_largest, row_total = _add_mass(s, scale, row_largest, row_total)
-                log2_rows = tl.log2(tl.sum(mask_rows.to(tl.float32), axis=0))
-                # Rows outside the chunk have no share.
-                log2_mass = tl.where(mask_rows, row_largest + tl.log2(row_total) + log2_rows, float("inf"))
-
-            # [HEAD_SIZE, BLOCK]
-            q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty, ""))
+            q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty))
             # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
-            all_rows = (query_block * BLOCK >= context_len) & ((query_block + 1) * BLOCK <= context_len + query_len)
-            unmasked_end = tl.where(all_rows, query_block // BLOCK_N * BLOCK_N, 0)
-            if ROW_SHARE:
-                # Its own block, which is always kept, needs no share.
-                unmasked_end = query_block // BLOCK_N * BLOCK_N
+            unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
             for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
-                mean = tl.load(mean_ptrs + start * HEAD_SIZE)
-                if ROW_SHARE:
-                    score = _log2_share(tl.dot(mean, q), log2_mass, scale)
-                else:
-                    score = _log2_sum(tl.dot(mean, q), scale)
-                    largest = tl.maximum(largest, score)
+                score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
+                largest = tl.maximum(largest, score)
                 tl.store(scores_row_ptr + start + offs_n, score)
-            # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far.
-            own_block_row = tl.minimum((query_block + 1) * BLOCK, context_len + query_len) - 1 - context_len
+            # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far; with
+            # pieces, which are for blocks that all rows see whole, by none.
+            own_block_row = end_row - 1
             for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
                 blocks = start + offs_n
                 mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
-                if ROW_SHARE:
-                    score = _log2_share(tl.dot(mean, q), log2_mass, scale)
-                    tl.store(scores_row_ptr + blocks, score, mask=blocks < query_block)
-                else:
-                    visible = (blocks < query_block)[:, None] & mask_rows[None, :]
+                visible = (blocks < query_block)[:, None] & mask_rows[None, :]
+                if not PIECES:
                     visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
-                    score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
-                    largest = tl.maximum(largest, score)
-                    tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
+                score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
+                largest = tl.maximum(largest, score)
+                tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
             tl.debug_barrier()
+            if PIECES:
+                num_candidates = _write_candidates(
+                    scores_row_ptr,
+                    lists_ptr + list_start,
+                    query_block,
+                    log2_candidate + tl.max(largest, axis=0),
+                    BLOCK_LIST,
+                )
+                tl.debug_barrier()
+                piece_rows_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
+                threshold += _score_pieces(
+                    q, mask_rows, piece_rows_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
+                    PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+                )  # fmt: skip
+                tl.debug_barrier()
+            else:
+                threshold += tl.max(largest, axis=0)
 
-        threshold = log2_limit
-        if not ROW_SHARE:
-            threshold += tl.max(largest, axis=0)
         count = 0
         for start in range(0, query_block + 1, BLOCK_LIST):
             # [BLOCK_LIST]
@@ -197,6 +217,7 @@ def block_select(
     schedule: Schedule,
     slab: Slab,
     *,
+    pieces: torch.Tensor | None = None,
     config: FlashPrefillConfig,
     softmax_scale: float,
     lists: torch.Tensor,
@@ -210,13 +231,14 @@ def block_select(
     Args:
         q: [batch, tokens, H, D].
         mean: [G, mean rows, D], from `block_mean`.
+        pieces: [G, mean rows, pieces of a block, D], likewise; the mean keys choose candidates alone, if given.
         lists: [>= slab.list_slots * H] int32, written: pair (n, h) of the slab's items owns slots
             slot_n * H + h * (i + 1) up to + i, i its query block and slot_n the item's third column; its kept
             blocks come first in ascending order, the last being i.
         counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
-            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with row_share the
-            log2 of its shares, and nothing for the query's own block.
+            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with pieces -inf
+            where a block is no candidate.
         block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.
     """
@@ -226,6 +248,7 @@ def block_select(
     _block_select_kernel[(min(len(scores), num_work),)](
         q,
         mean,
+        pieces,
         schedule.requests,
         schedule.items,
         lists,
@@ -236,7 +259,8 @@ def block_select(
         slab.first_item,
         slab.list_slots * num_heads,
         softmax_scale * LOG2_E,
-        math.log2(config.limit) if config.limit > 0 else -math.inf,
+        _log2(config.alpha),
+        _log2(config.candidate_alpha),
         *q.stride()[:3],
         mean.shape[1],
         scores.stride(0),
@@ -248,11 +272,18 @@ def block_select(
         BLOCK_LIST=512,
         NUM_SINK_BLOCKS=config.num_sink_blocks,
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
-        ROW_SHARE=config.row_share,
+        PIECES=0 if pieces is None else pieces.shape[2],
+        ROW_STEP=1 if pieces is None else ROW_STEP,
+        BLOCK_PIECES=launch.block_pieces,
+        PIECE_STAGES=launch.piece_stages,
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
     )
+
+
+def _log2(x: float) -> float:
+    return math.log2(x) if x > 0 else -math.inf
 
 
 def score_scratch(q: torch.Tensor, schedule: Schedule, workspace: Workspace | None = None) -> torch.Tensor:

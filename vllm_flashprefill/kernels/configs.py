@@ -34,6 +34,8 @@ class SelectConfig:
     Attributes:
         block_n: mean keys per tile.
         max_registers: of a thread, so that programs_per_sm programs fit; None for no limit.
+        block_pieces: mean keys of pieces per tile; at least 32, the most pieces a block has.
+        piece_stages: tiles of them on their way at once.
     """
 
     block_n: int
@@ -41,6 +43,8 @@ class SelectConfig:
     num_stages: int
     programs_per_sm: int
     max_registers: int | None = None
+    block_pieces: int = 64
+    piece_stages: int = 1
 
 
 # (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
@@ -74,8 +78,8 @@ SELECT = {
     ("ampere", 64): SelectConfig(64, 4, 3, 2),
     ("ampere", 128): SelectConfig(64, 4, 2, 2),
     ("ampere", 256): SelectConfig(32, 8, 2, 1),
-    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128),
-    ("hopper", 128): SelectConfig(64, 4, 1, 4, max_registers=128),
+    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128, piece_stages=3),
+    ("hopper", 128): SelectConfig(64, 4, 1, 4, max_registers=128, piece_stages=3),
     ("hopper", 256): SelectConfig(64, 4, 1, 2),
     ("blackwell", 64): SelectConfig(128, 4, 3, 2),
     ("blackwell", 128): SelectConfig(64, 4, 3, 2),

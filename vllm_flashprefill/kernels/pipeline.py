@@ -43,7 +43,10 @@ def run_stages(
     if mark is not None:
         mark()
     mean = workspace.empty((kv.num_heads, schedule.num_mean_rows, q.shape[3]), MEAN_DTYPE)
-    block_mean(kv, schedule, mean)
+    pieces = None
+    if config.num_pieces:
+        pieces = workspace.empty((*mean.shape[:2], config.num_pieces, mean.shape[2]), MEAN_DTYPE)
+    block_mean(kv, schedule, mean, pieces)
     scores = score_scratch(q, schedule, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
     for slab in schedule.slabs:
@@ -52,6 +55,7 @@ def run_stages(
             mean,
             schedule,
             slab,
+            pieces=pieces,
             config=config,
             softmax_scale=softmax_scale,
             lists=lists,

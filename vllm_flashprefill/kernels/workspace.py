@@ -59,6 +59,7 @@ def scratch_bytes(
     head_size: int,
     max_query_tokens: int,
     max_seq_len: int,
+    num_pieces: int,
     device: torch.device,
 ) -> int:
     """What the pipeline takes for the largest step: one sequence of `max_seq_len`, the step's others whole prompts.
@@ -69,7 +70,8 @@ def scratch_bytes(
     # A chunk can begin and end within a block.
     query_blocks = 2 * -(-max_query_tokens // BLOCK_SIZE) + 1
     mean = num_kv_heads * (key_blocks + query_blocks) * head_size * 2
+    pieces = num_pieces * mean
     scores = num_select_programs(device, head_size) * key_blocks * 4
     list_slots = min(query_blocks * key_blocks, max(LIST_BYTES // (4 * num_heads), key_blocks))
     counts = query_blocks * num_heads * 4
-    return mean + scores + list_slots * num_heads * 4 + counts + 4 * ALIGNMENT
+    return mean + pieces + scores + list_slots * num_heads * 4 + counts + 5 * ALIGNMENT

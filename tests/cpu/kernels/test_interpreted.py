@@ -30,7 +30,7 @@ GROUPS = {
         "slabs": (0.3, "requests=[Request(900)], slab_bytes=300"),
         "one_kv_head": (0.3, "requests=[Request(800)], heads=3, kv_heads=1, dim=128"),
     },
-    "row_share": {
+    "pieces": {
         "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
         "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
         "one_kv_head": (0.3, "requests=[Request(800), Request(520)], heads=3, kv_heads=1, dim=128"),
@@ -64,7 +64,7 @@ def run_interpreted(code):
 @needs_triton
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_stages_interpreted(group):
-    options = ", min_share=0.1" if group == "row_share" else ""
+    options = ", piece_size=8, candidate_alpha=0.05" if group == "pieces" else ""
     cases = "\n".join(
         f"print({name!r}, flush=True)\n"
         f"config = sparse_config(alpha={alpha}{options})\n"
