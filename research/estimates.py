@@ -64,7 +64,7 @@ class Selector:
         by_item = counts[: slab.num_items * num_heads].view(slab.num_items, num_heads)
         heads = torch.arange(num_heads, device=q.device)[:, None, None]
         # The last slot takes the blocks that are not kept.
-        written = lists.new_empty(slots + 1)
+        written = lists.new_zeros(slots + 1)
         for index, row in enumerate(schedule.requests.tolist()):
             (here,) = (items[:, 0] == index).nonzero(as_tuple=True)
             if not len(here):

@@ -5,6 +5,7 @@ import torch
 
 from research.block_scores import Chunk, Rule, block_scores
 from research.estimates import Selector, Thresholds, task_rows
+from tests.cpu.kernels.test_interpreted import IMPORTS, needs_triton, run_interpreted
 from tests.support.plain_cases import SCALE, tensors
 from tests.support.request import paged
 from vllm_flashprefill import FlashPrefillConfig
@@ -59,6 +60,37 @@ def test_a_rule_selects_in_place_of_the_package(list_bytes):
                 seen += count
     assert block_counts.tolist() == [seen, 4 * sum(request.visible_blocks for request in sparse)]
     assert 0 < block_counts[0] < block_counts[1]
+
+
+@needs_triton
+def test_the_pipeline_asks_the_rule():
+    """All stages by Triton's interpreter, with a rule that keeps everything and one that keeps what it must."""
+    run_interpreted(
+        IMPORTS
+        + """
+from research.estimates import Rule, Selector
+from vllm_flashprefill.kernels import pipeline
+from vllm_flashprefill.reference import flash_prefill_ref
+
+config = sparse_config(alpha=0.3)
+batch = make_batch(config=config, requests=[Request(700, 57, 200)], page_size=48, heads=2, kv_heads=1)
+selector = Selector()
+selector.install()
+for rule, threshold, alpha in (("p16.32.pub", -float("inf"), 0.0), ("published", 1.0, 1.0)):
+    selector.rule, selector.threshold = Rule.parse(rule), threshold
+    out, counts = torch.zeros_like(batch.q), torch.zeros(2, dtype=torch.int64)
+    pipeline.run_stages(
+        batch.q, batch.kv, batch.schedule, config=config, softmax_scale=0.125, out=out, block_counts=counts
+    )
+    if alpha == 0:
+        q, k, v = (part.float() for part in batch.parts[0])
+        expected = flash_prefill_ref(q, k, v, config=sparse_config(alpha=0.0), softmax_scale=0.125, prompt_len=957)
+        assert (out[0] - expected).abs().max() < 0.01
+        assert counts[0] == counts[1] > 0
+    else:
+        assert 0 < counts[0] < counts[1]
+"""
+    )
 
 
 def test_thresholds_keep_the_density_asked_for():
