@@ -21,8 +21,6 @@ from collections.abc import Mapping
 from typing import Any
 
 BLOCK_SIZE = 128
-# Every such row of a query block is scored against pieces of key blocks, from the first one of the chunk on.
-ROW_STEP = 2
 PIECE_SIZES = (0, 4, 8, 16, 32, 64)
 # From this length on, pieces of 8 keys would take more than 128 MiB of a GPU that holds 8 KV heads of 128.
 LONG_SEQUENCE = 512 * 1024

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vllm_flashprefill.config import ROW_STEP, FlashPrefillConfig
+from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.cpu.blocks import in_blocks
 
 # Logits of the query blocks that are scored together take at most this many bytes.
@@ -35,26 +35,23 @@ def block_select_cpu(
     tail = -(-prompt_len // block_size) - config.num_dense_tail_blocks
     always = (j < config.num_sink_blocks) | (i - j < config.num_window_blocks) | (i >= tail)
 
-    # [G, D, NK], [G, D, NK * pieces] and [H, NQ, rows, D]
+    # [G, D, NK], [G, D, NK * pieces] and [H, NQ, B, D]
     keys = in_blocks(k.float(), 0, num_key_blocks, block_size)
     means = (keys.sum(dim=2) / ends.diff(prepend=ends.new_zeros(1))[:, None]).transpose(1, 2)
-    queries = in_blocks(q, context_len % block_size, len(i), block_size)
-    rows = torch.arange(block_size).expand(len(i), -1)
     if config.piece_size:
         pieces = keys.view(num_kv_heads, -1, config.piece_size, head_size).mean(dim=2).transpose(1, 2)
-        # From the first row in the chunk on.
-        rows = rows[:, ::ROW_STEP] + (i == first) * (context_len % ROW_STEP)
-    queries, positions = queries[:, torch.arange(len(i))[:, None], rows], i * block_size + rows
+    queries = in_blocks(q, context_len % block_size, len(i), block_size)
+    positions = i * block_size + torch.arange(block_size)
     in_chunk = (positions >= context_len) & (positions < seq_len)
 
     def logits(some: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """[H, n, rows, keys], -inf for rows outside the chunk."""
+        """[H, n, B, keys], -inf for rows outside the chunk."""
         s = queries[:, some].float().view(num_kv_heads, -1, head_size) @ keys
-        s = s.view(num_heads, len(some), rows.shape[1], -1) * softmax_scale
+        s = s.view(num_heads, len(some), block_size, -1) * softmax_scale
         return s.masked_fill_(~in_chunk[some][..., None], -torch.inf)
 
     kept = torch.zeros(num_heads, len(i), num_key_blocks, dtype=torch.bool)
-    row_bytes = 4 * num_heads * rows.shape[1] * num_key_blocks * max(1, config.num_pieces)
+    row_bytes = 4 * num_heads * block_size * num_key_blocks * max(1, config.num_pieces)
     for some in torch.arange(len(i)).split(max(1, LOGIT_BYTES // row_bytes)):
         stop = first + int(some[-1]) + 1
         s = logits(some, means[:, :, :stop])
