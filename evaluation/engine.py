@@ -41,7 +41,8 @@ def start(job: dict[str, Any]) -> Any:
         # Whatever the shell asks for.
         os.environ["FLASHPREFILL"] = "0"
     else:
-        vllm_flashprefill.register(**job["options"])
+        # What is measured is a selection, also where so little is pruned that a layer would be dense for it.
+        vllm_flashprefill.register(**{"max_density": 1.0, **job["options"]})
     from vllm import LLM
     from vllm.platforms import current_platform
 

@@ -13,7 +13,7 @@ of. Prints a line an architecture and counts; ends with 1 where one fails, or fe
 
 At alpha 1 almost everything is pruned: how far logits then are from the others' says what the comparison can see.
 
-    python tools/sweep_transformers.py                    about three minutes on a CPU
+    python tools/sweep_transformers.py                    some minutes on a CPU
     python tools/sweep_transformers.py --only llama doge
 """
 
@@ -116,23 +116,21 @@ def small_config(config_class: type, overrides: dict[str, Any]) -> Any:
         if kv_heads is not UNKNOWN:
             values[name] = 1 if kv_heads == 1 else 4 if kv_heads in (heads, None) else 2
     for name in POSITIONS:
-        if isinstance(known(default, name), int):
-            values[name] = max(known(default, name), 2 * TOKENS)
+        if isinstance(known(default, name), int) and 0 < known(default, name) < TOKENS:
+            values[name] = TOKENS
     layers = next((known(default, name) for name in LAYERS if isinstance(known(default, name), int)), None)
     kinds = known(default, "layer_types")
-    picked = (
-        sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
-        if isinstance(kinds, (list, tuple))
-        else []
-    )
+    kinds = kinds if isinstance(kinds, (list, tuple)) else []
+    picked = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
     picked = picked if len(picked) > 1 else [0, 1]
     for name, value in vars(default).items():
         if isinstance(value, (list, tuple)) and layers is not None and len(value) == layers > 2:
             values[name] = [value[i] for i in picked]
     values.update({name: len(picked) for name in LAYERS if name in values})
-    for name in getattr(config_class, "sub_configs", {}):
-        if name not in overrides and getattr(default, name, None) is not None:
-            values[name] = small_config(type(getattr(default, name)), {}).to_dict()
+    for name, sub_class in getattr(config_class, "sub_configs", {}).items():
+        sub_class = sub_class if known(default, name) is None else type(known(default, name))
+        if name not in overrides and sub_class is not transformers.AutoConfig:
+            values[name] = small_config(sub_class, {}).to_dict()
     read_only = [name for name in values if getattr(getattr(config_class, name, None), "fset", 0) is None]
     return config_class(**{key: value for key, value in {**values, **overrides}.items() if key not in read_only})
 

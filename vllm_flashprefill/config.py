@@ -77,6 +77,8 @@ class FlashPrefillConfig:
             the whole block, as published, which loses facts.
         candidate_alpha: with pieces, only blocks that the published score puts at this fraction of the best block's are
             looked at; in [0, 1]. 0 looks at every block.
+        max_density: in vLLM, a layer that was seen to keep more than this share of its key blocks is dense for a while;
+            in [0, 1], 1 for never. Not with alpha 0.
     """
 
     alpha: float = 0.05
@@ -88,9 +90,10 @@ class FlashPrefillConfig:
     num_dense_layers: int = 0
     piece_size: int = 8
     candidate_alpha: float = 0.01
+    max_density: float = 0.8
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "candidate_alpha"):
+        for name in ("alpha", "candidate_alpha", "max_density"):
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"flashprefill: {name} must be a number in [0, 1], not {value!r}")

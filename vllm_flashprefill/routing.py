@@ -33,6 +33,8 @@ class DenseReason(str, enum.Enum):
     KV_CACHE_LAYOUT = "kv_cache_layout"
     KERNEL_FAILED = "kernel_failed"
     CPU_ARCHITECTURE = "cpu_architecture"
+    # of a layer, for a while
+    DENSITY = "density"
     # of a call by transformers
     PADDING = "padding"
     CUSTOM_MASK = "custom_mask"

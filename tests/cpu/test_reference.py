@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -9,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import brute_force
+from tests.support.plain_cases import SCALE, request_strategy, tensors
+from tests.support.request import paged
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill_varlen
 from vllm_flashprefill.config import ROW_STEP
-from vllm_flashprefill.cpu import block_select, sparse_attention
-from vllm_flashprefill.cpu.block_select import block_select_cpu
-from vllm_flashprefill.cpu.sparse_attention import sparse_attention_cpu
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.reference import (
@@ -25,22 +23,9 @@ from vllm_flashprefill.reference import (
     flash_prefill_ref,
     piece_score_ref,
     select_blocks_ref,
-    sparse_attention_ref,
 )
 
-SCALE = 0.25
 LENGTHS = [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1500]
-
-
-def tensors(num_tokens, seq_len, *, heads=4, kv_heads=2, dim=16, seed=0, dtype=torch.float32):
-    """Queries and keys with a few strong directions, so that blocks differ in score."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(num_tokens, heads, dim, generator=generator)
-    k = torch.randn(seq_len, kv_heads, dim, generator=generator)
-    v = torch.randn(seq_len, kv_heads, dim, generator=generator)
-    theme = torch.randn(-(-seq_len // 128), kv_heads, dim, generator=generator)
-    k += 2 * theme.repeat_interleave(128, dim=0)[:seq_len]
-    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def block_mask_to_tokens(mask, context_len, num_tokens):
@@ -291,31 +276,6 @@ def test_packed_sequences_equal_each_alone():
         torch.testing.assert_close(packed[a:b], alone)
 
 
-def paged(sequences, page_size, *, seed):
-    """Lay [S, G, D] sequences out on shuffled pages; every slot that holds no token is NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = [-(-len(sequence) // page_size) for sequence in sequences]
-    order = torch.randperm(sum(counts) + 3, generator=generator)
-    cache = torch.full((len(order), page_size, *sequences[0].shape[1:]), torch.nan)
-    table = torch.zeros(len(sequences), max(counts), dtype=torch.int32)
-    used = 0
-    for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-        pages = order[used : used + count]
-        used += count
-        table[row, :count] = pages
-        for slot in range(count):
-            piece = sequence[slot * page_size : (slot + 1) * page_size]
-            cache[pages[slot], : len(piece)] = piece
-    return cache, table
-
-
-request_strategy = st.tuples(
-    st.one_of(st.sampled_from([1, 127, 128, 129, 256]), st.integers(1, 900)),  # tokens of this step
-    st.one_of(st.sampled_from([0, 0, 1, 127, 128, 129, 512]), st.integers(0, 900)),  # tokens before it
-    st.integers(0, 500),  # tokens still to come
-)
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(request_strategy, min_size=1, max_size=4),
@@ -346,70 +306,3 @@ def test_random_paged_batches_at_alpha_0_equal_dense(requests, page_size, heads,
         assert brute_force.relative_error(out[request.query_slice], exact) < 1e-5
     for index in plan.dense:
         assert out[starts[index] : starts[index + 1]].isnan().all(), "rows of dense requests are not ours to write"
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    request_strategy,
-    st.sampled_from([0.0, 0.3, 0.8, 1.0]),
-    st.sampled_from([(4, 2), (3, 3), (4, 1)]),
-    st.integers(0, 2**31),
-)
-def test_batched_cpu_attention_equals_the_reference(request_shape, alpha, heads, seed):
-    query_len, context_len, rest = request_shape
-    seq_len = query_len + context_len
-    q, k, v = tensors(query_len, seq_len, heads=heads[0], kv_heads=heads[1], seed=seed)
-    config = FlashPrefillConfig(alpha=alpha)
-    mask = select_blocks_ref(
-        q, k, context_len=context_len, prompt_len=seq_len + rest, config=config, softmax_scale=SCALE
-    )
-    arguments = dict(context_len=context_len, block_size=128, softmax_scale=SCALE)
-    out = sparse_attention_cpu(q, k, v, mask, **arguments)
-    torch.testing.assert_close(out, sparse_attention_ref(q, k, v, mask, **arguments), rtol=1e-4, atol=1e-5)
-
-
-def test_batched_cpu_attention_gathers_in_pieces(monkeypatch):
-    q, k, v = tensors(1500, 1500)
-    config = FlashPrefillConfig(alpha=0.5)
-    mask = select_blocks_ref(q, k, context_len=0, prompt_len=1500, config=config, softmax_scale=SCALE)
-    arguments = dict(context_len=0, block_size=128, softmax_scale=SCALE)
-    whole = sparse_attention_cpu(q, k, v, mask, **arguments)
-    monkeypatch.setattr(sparse_attention, "GATHER_BYTES", 1)
-    torch.testing.assert_close(sparse_attention_cpu(q, k, v, mask, **arguments), whole)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    request_strategy,
-    st.sampled_from([0.0, 0.3, 0.8]),
-    st.sampled_from(
-        [{"piece_size": 0}, {}, {"candidate_alpha": 0.3}, {"piece_size": 64, "candidate_alpha": 0.1}, {"piece_size": 4}]
-    ),
-    st.sampled_from([(4, 2), (3, 3), (4, 1)]),
-    st.sampled_from([1, 2 << 20]),
-    st.integers(0, 2**31),
-)
-def test_batched_cpu_selection_equals_the_reference(request_shape, alpha, options, heads, logit_bytes, seed):
-    query_len, context_len, rest = request_shape
-    seq_len = query_len + context_len
-    q, k, _ = tensors(query_len, seq_len, heads=heads[0], kv_heads=heads[1], seed=seed)
-    config = FlashPrefillConfig(alpha=alpha, num_sink_blocks=1, num_window_blocks=1, **options)
-    arguments = dict(prompt_len=seq_len + rest, softmax_scale=SCALE)
-    with mock.patch.object(block_select, "LOGIT_BYTES", logit_bytes):
-        mask = block_select_cpu(q, k, config=config, **arguments)
-    # Sums are in another order, so that what is within rounding of a threshold may be on either side of it.
-    least, *candidates = (
-        select_blocks_ref(q, k, context_len=context_len, config=near, **arguments)
-        for near in (scaled(config, "alpha", 1 + 1e-4), *near_candidates(config))
-    )
-    most = select_blocks_ref(q, k, context_len=context_len, config=scaled(config, "alpha", 1 - 1e-4), **arguments)
-    undecided = candidates[0] != candidates[1]
-    assert ((least <= mask) | undecided).all() and ((mask <= most) | undecided).all()
-
-
-def near_candidates(config):
-    return [scaled(config, "candidate_alpha", factor) for factor in (1 - 1e-4, 1 + 1e-4)]
-
-
-def scaled(config, name, factor):
-    return dataclasses.replace(config, **{name: min(1.0, getattr(config, name) * factor)})

@@ -102,7 +102,8 @@ def test_needles_are_found_wherever_dense_finds_them(text_ids, tokenizer, capfd)
         return missed
 
     with capfd.disabled():
-        missed = misses(DEPTHS, {})
+        # The later prompts too are to be sparse, although some layers keep more of them than pays.
+        missed = misses(DEPTHS, {"max_density": 1.0})
         assert len(missed) < len(DEPTHS), "where nothing is found, nothing is tested"
         if missed:
             assert misses(missed, None) == missed, "dense finds what sparse missed"

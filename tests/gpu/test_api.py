@@ -5,12 +5,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
 from tests.support.bad_input import bad_calls
-from tests.support.kernel_cases import (
-    planned_batch,
-    sparse_config,
-    split,
-)
+from tests.support.kernel_cases import planned_batch, sparse_config, split
 from tests.support.request import Request, structured
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen

@@ -156,7 +156,7 @@ def check_quantised(batch, pair):
     flash_prefill_paged(
         step.query, KeyValues(*impl.paged_kv(step.cache), step.block_table, *scales), plan,
         config=batch.config(0.0), softmax_scale=pair.shape.scale, out=direct,
-        block_counts=device_counts(pair.device).blocks,
+        block_counts=device_counts(pair.device).new_layer().blocks,
     )  # fmt: skip
     eps = torch.finfo(pair.shape.dtype).eps
     error, worst = step.errors(direct, step.exact(*held))
@@ -196,8 +196,8 @@ class PairCache(dict):
 def run_batches(shape, device, seeds, longest=6000):
     """Check the batches of some seeds; returns (kept, visible) key blocks of all their sparse layers."""
     pairs = PairCache(shape, device)
-    blocks = device_counts(device).blocks.clone()
+    blocks = device_counts(device).blocks.sum(0)
     for seed in seeds:
         batch = random_batch(seed, shape.page_size, longest)
         check(batch, pairs[batch.full_graphs])
-    return (device_counts(device).blocks - blocks).tolist()
+    return (device_counts(device).blocks.sum(0) - blocks).tolist()

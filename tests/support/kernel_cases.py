@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.support.request import structured
+from tests.support.request import paged, structured
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels import pipeline
 from vllm_flashprefill.kernels.block_mean import MEAN_DTYPE, block_mean
@@ -109,31 +109,6 @@ def quantised(x, scale):
     """e4m3 codes (uint8) of [S, G, D]."""
     scaled = x.float() if scale is None else x.float() / scale[:, None]
     return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def paged(sequences, page_size, *, seed, heads_first):
-    """Lay [S, G, D] sequences out on shuffled pages; every slot that holds no token is NaN, in e4m3 codes too."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = [-(-len(sequence) // page_size) for sequence in sequences]
-    order = torch.randperm(sum(counts) + 3, generator=generator)
-    like = sequences[0]
-    # As vLLM's cache [2, pages, ...] seen through one index: pages are strided views.
-    nan = 0x7F if like.dtype == torch.uint8 else torch.nan
-    num_heads, dim = like.shape[1:]
-    if heads_first:
-        cache = like.new_full((len(order), 2, num_heads, page_size, dim), nan)[:, 0].transpose(1, 2)
-    else:
-        cache = like.new_full((len(order), 2, page_size, num_heads, dim), nan)[:, 0]
-    # Part of a wider table, as vLLM's; what is no page of a sequence is not to be followed.
-    table = torch.full((len(sequences), max(counts) + 5), 1 << 30, dtype=torch.int32)
-    used = 0
-    for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-        table[row, :count] = order[used : used + count]
-        for slot in range(count):
-            piece = sequence[slot * page_size : (slot + 1) * page_size]
-            cache[order[used + slot], : len(piece)] = piece
-        used += count
-    return cache, table.to(like.device)[:, : max(counts)]
 
 
 def run_select(batch, config, scale):

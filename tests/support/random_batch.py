@@ -48,7 +48,8 @@ class Batch:
 
     def config(self, alpha):
         options = {name: getattr(self, name) for name in ("num_dense_tail_blocks", "min_sparse_tokens")}
-        return FlashPrefillConfig(alpha=alpha, **KEPT, **options)
+        # Many batches go through one layer, and each is to be sparse.
+        return FlashPrefillConfig(alpha=alpha, max_density=1.0, **KEPT, **options)
 
 
 def random_batch(seed, page_size, longest=6000):

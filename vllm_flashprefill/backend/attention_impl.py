@@ -8,7 +8,8 @@ import torch
 
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.builder import FlashPrefillStep
-from vllm_flashprefill.backend.device_counts import device_counts
+from vllm_flashprefill.backend.density_guard import DensityGuard
+from vllm_flashprefill.backend.device_counts import LayerCounts, device_counts
 from vllm_flashprefill.backend.layer_routing import layer_dense_reason
 from vllm_flashprefill.backend.stage_times import stage_times
 from vllm_flashprefill.config import FlashPrefillConfig
@@ -31,6 +32,9 @@ class FlashPrefillImplMixin:
     dense_forward_writes_kv = False
     # Where the kernels' scratch comes from; the CPU's stages allocate theirs.
     _workspace: Workspace | None = None
+    # Made at the layer's first sparse step, which knows the device.
+    _counts: LayerCounts | None = None
+    _density_guard: DensityGuard | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
@@ -71,7 +75,15 @@ class FlashPrefillImplMixin:
             return False
         for request_reason, tokens in step.plan.dense_tokens.items():
             recorder().add_dense(request_reason, tokens)
-        return bool(step.plan.sparse)
+        if not step.plan.sparse:
+            return False
+        if self._counts is None:
+            self._counts = device_counts(query.device).new_layer()
+            self._density_guard = DensityGuard(self._counts.arrived, self.num_heads)
+        if self._density_guard.is_dense(step.plan, self.flashprefill_config):
+            recorder().add_dense(DenseReason.DENSITY, step.plan.num_sparse_tokens)
+            return False
+        return True
 
     def forward_sparse(
         self,
@@ -110,7 +122,6 @@ class FlashPrefillImplMixin:
             self.forward_dense(layer, part, *kv, kv_cache, step.dense_metadata, part_out)
             if not together:
                 out[rows] = part_out
-        counts = device_counts(q.device)
         flash_prefill_paged(
             q,
             KeyValues(*self.paged_kv(kv_cache), step.block_table),
@@ -118,11 +129,11 @@ class FlashPrefillImplMixin:
             config=self.flashprefill_config,
             softmax_scale=self.scale,
             out=out,
-            block_counts=counts.blocks,
+            block_counts=self._counts.blocks,
             workspace=self._workspace,
             mark=stage_times(q.device).next_layer(),
         )
-        counts.layer_done(step.plan, self.num_heads)
+        self._counts.step_done(step.plan, self.num_heads)
         return out.view(query.shape) if output is None else output
 
     def forward_dense(

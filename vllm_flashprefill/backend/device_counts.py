@@ -1,7 +1,8 @@
 """Density on the GPU, counted without ever waiting for it.
 
-A layer adds its blocks to two counters on the device and has them copied to pinned memory behind it on the stream.
-A thread of this process, which makes no CUDA call, carries what has arrived to the recorder until all of it has.
+A layer adds its blocks to two counters of its own on the device and has them copied to pinned memory behind it on the
+stream. A thread of this process, which makes no CUDA call, carries what has arrived of all layers to the recorder until
+all of it has.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.plan import StepPlan
 
 POLL_SECONDS = 0.02
+# More than the layers of the engines of one process; those beyond share counters.
+NUM_ROWS = 1024
 
 
 class DeviceCounts:
     """The counters of one device.
 
     Attributes:
-        blocks: [2] int64 on the device, key blocks kept and visible since the process began; layers add to it.
+        blocks: [NUM_ROWS, 2] int64 on the device, key blocks kept and visible since the process began, by layer.
     """
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self.blocks = torch.zeros(2, dtype=torch.int64, device=device)
-        self._host = torch.zeros(2, dtype=torch.int64, pin_memory=on_gpu)
+        self.blocks = torch.zeros(NUM_ROWS, 2, dtype=torch.int64, device=device)
+        self._host = torch.zeros(NUM_ROWS, 2, dtype=torch.int64, pin_memory=on_gpu)
         self._arrived = self._host.numpy()
+        self._num_layers = 0
         self._reported = (0, 0)
         self._visible_blocks = 0
         self._lock = threading.Lock()
@@ -40,11 +44,15 @@ class DeviceCounts:
             self._more = threading.Event()
             threading.Thread(target=self._report_as_it_arrives, name="flashprefill-counts", daemon=True).start()
 
-    def layer_done(self, plan: StepPlan, num_heads: int) -> None:
-        """Count a layer's sparse requests, once its kernels, which added to `blocks`, are launched."""
-        recorder().add_sparse(plan.num_sparse_tokens, kept_blocks=0, visible_blocks=0, selection=0.0, attention=0.0)
-        self._host.copy_(self.blocks, non_blocking=True)
-        self._visible_blocks += plan.visible_blocks * num_heads
+    def new_layer(self) -> LayerCounts:
+        """The counters of one more layer."""
+        row = self._num_layers % NUM_ROWS
+        self._num_layers += 1
+        return LayerCounts(self, self.blocks[row], self._host[row])
+
+    def expect(self, visible_blocks: int) -> None:
+        """Report what arrives until so many more have."""
+        self._visible_blocks += visible_blocks
         if self._more is None:
             self.report()
         else:
@@ -54,7 +62,7 @@ class DeviceCounts:
         """Give the recorder what has arrived; whether that is everything."""
         with self._lock:
             # In this order: blocks kept arrive with, or before, the visible ones that say all is there.
-            visible, kept = int(self._arrived[1]), int(self._arrived[0])
+            visible, kept = int(self._arrived[:, 1].sum()), int(self._arrived[:, 0].sum())
             new_kept, new_visible = kept - self._reported[0], visible - self._reported[1]
             if new_visible:
                 recorder().add_sparse(0, new_kept, new_visible, selection=0.0, attention=0.0)
@@ -68,6 +76,27 @@ class DeviceCounts:
             self._more.clear()
             while not self.report():
                 time.sleep(POLL_SECONDS)
+
+
+class LayerCounts:
+    """The counters of one layer.
+
+    Attributes:
+        blocks: [2] int64 on the device, key blocks kept and visible; the layer adds to it.
+        arrived: [2] int64, what of it has reached the host.
+    """
+
+    def __init__(self, device_counts: DeviceCounts, blocks: torch.Tensor, host: torch.Tensor) -> None:
+        self._device_counts = device_counts
+        self.blocks = blocks
+        self._host = host
+        self.arrived = host.numpy()
+
+    def step_done(self, plan: StepPlan, num_heads: int) -> None:
+        """Count a step's sparse requests, once the layer's kernels, which added to `blocks`, are launched."""
+        recorder().add_sparse(plan.num_sparse_tokens, kept_blocks=0, visible_blocks=0, selection=0.0, attention=0.0)
+        self._host.copy_(self.blocks, non_blocking=True)
+        self._device_counts.expect(plan.visible_blocks * num_heads)
 
 
 @functools.cache

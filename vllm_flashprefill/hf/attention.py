@@ -111,7 +111,8 @@ def _attend(
     reason = (
         _layer_reason(module, (query, key, value), config, arguments)
         or _mask_reason(query, key, mask, causal_without_mask)
-        or request_dense_reason(query_len, context_len, seq_len, config)
+        # Where the prompt ends is not said, and a few tokens after others may be drafts.
+        or request_dense_reason(query_len, context_len, None, config)
     )
     if reason is None:
         q, k, v = (

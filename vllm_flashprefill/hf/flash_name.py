@@ -4,54 +4,67 @@ Code that asks for "flash" in an implementation's name takes ours for FlashAtten
 
 - transformers 4: text encoders of SigLIP and SigLIP 2 hand on the mask of tokens, [batch, T], which sdpa cannot apply.
 - transformers 5, `utils.generic.is_flash_attention_requested`: the name is fetched as a kernel from the hub; vision
-  towers pass packed sequences; chunked attention and static caches get no mask; SAM 3 falls back, and the config of HRM
-  refuses the alias, wherever it comes from: give it the other name.
+  towers pass packed sequences; chunked attention and static caches get no mask; SAM 3 falls back; HRM refuses it.
 - models' own code on the hub may do any of these.
 
-Targets: the property `PretrainedConfig._attn_implementation`, by which names are kept and looked up, and
-`PreTrainedModel.set_attn_implementation`, which looks at a name before it is kept. How: both are wrapped to be given
-the other name. It can go when transformers, and models' own code, ask for FlashAttention's own names.
+Targets: the property `PretrainedConfig._attn_implementation`, by which all of them look a name up, and, on transformers
+5, that function, which is also asked before a name is kept. How: the property gives the other name; every module that
+holds the function is given one that says no to ours, and modules imported later find it in place. It can go when
+transformers, and models' own code, ask for FlashAttention's own names.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 NAME = "flashprefill"
 CONFIG_NAME = "sparse_prefill"
 
-_originals: list[tuple[type, str, Any]] = []
-
-
-def in_configs(requested: Any) -> Any:
-    """The name that was asked for, or a dict of them by part of the model, as configs have it."""
-    if isinstance(requested, dict):
-        return {part: in_configs(name) for part, name in requested.items()}
-    return CONFIG_NAME if requested == NAME else requested
+_originals: tuple[property, Callable[..., bool] | None] | None = None
 
 
 def install() -> None:
-    """Raises RuntimeError where transformers has no such property or method."""
-    from transformers import PretrainedConfig, PreTrainedModel, __version__
+    """Raises RuntimeError where the property or the function is not where it is looked for."""
+    global _originals
+    from packaging.version import Version
+    from transformers import PretrainedConfig, __version__
+    from transformers.utils import generic
 
-    targets = ((PretrainedConfig, "_attn_implementation"), (PreTrainedModel, "set_attn_implementation"))
-    for owner, name in targets:
-        if name not in vars(owner):
-            raise RuntimeError(f"transformers {__version__} has no {owner.__name__}.{name} for flashprefill to wrap")
-    _originals.extend((owner, name, vars(owner)[name]) for owner, name in targets)
-    kept, set_ = (original for *_, original in _originals)
+    kept, asked = vars(PretrainedConfig).get("_attn_implementation"), vars(generic).get("is_flash_attention_requested")
+    if not isinstance(kept, property) or (asked is None and Version(__version__).major >= 5):
+        missing = "utils.generic.is_flash_attention_requested" if kept else "PretrainedConfig._attn_implementation"
+        raise RuntimeError(f"transformers {__version__} has no {missing} for flashprefill to extend")
 
-    @functools.wraps(set_)
-    def set_attn_implementation(model: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        return set_(model, in_configs(attn_implementation), *args, **kwargs)
+    def is_flash_attention_requested(
+        config: Any = None, requested_attention_implementation: str | None = None, *args: Any, **kwargs: Any
+    ) -> bool:
+        name = requested_attention_implementation if config is None else config._attn_implementation
+        return name != NAME and asked(config, requested_attention_implementation, *args, **kwargs)
 
     PretrainedConfig._attn_implementation = property(
-        lambda config: in_configs(kept.fget(config)), lambda config, name: kept.fset(config, in_configs(name))
+        lambda config: CONFIG_NAME if kept.fget(config) == NAME else kept.fget(config), kept.fset
     )
-    PreTrainedModel.set_attn_implementation = set_attn_implementation
+    if asked is not None:
+        _rebind(asked, functools.wraps(asked)(is_flash_attention_requested))
+    _originals = kept, asked
 
 
 def remove() -> None:
-    while _originals:
-        setattr(*_originals.pop())
+    global _originals
+    from transformers import PretrainedConfig
+    from transformers.utils import generic
+
+    PretrainedConfig._attn_implementation, asked = _originals
+    if asked is not None:
+        _rebind(generic.is_flash_attention_requested, asked)
+    _originals = None
+
+
+def _rebind(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Put `new` in place of `old` in all modules that hold it under its name."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(old.__name__) is old:
+            setattr(module, old.__name__, new)

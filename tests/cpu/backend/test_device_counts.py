@@ -25,12 +25,29 @@ def test_visible_blocks_of_a_chunk():
 
 def test_a_layer_is_counted_once():
     counts = DeviceCounts(torch.device("cpu"))
+    layer = counts.new_layer()
     for _ in range(2):
-        counts.blocks += torch.tensor([30, 2 * 22])
-        counts.layer_done(PLAN, num_heads=2)
+        layer.blocks += torch.tensor([30, 2 * 22])
+        layer.step_done(PLAN, num_heads=2)
         counts.report()
     total = counters.read_stats()
     assert (total.sparse_tokens, total.kept_blocks, total.visible_blocks) == (600, 60, 88)
+
+
+@pytest.mark.parametrize("num_rows", [3, 2])
+def test_each_layer_has_counters_of_its_own_and_the_sum_is_reported(monkeypatch, num_rows):
+    """Layers beyond the rows share some."""
+    monkeypatch.setattr(device_counts, "NUM_ROWS", num_rows)
+    counts = DeviceCounts(torch.device("cpu"))
+    with torch.inference_mode():
+        layers = [counts.new_layer() for _ in range(3)]
+    for kept, layer in enumerate(layers, 1):
+        layer.blocks += torch.tensor([kept, 22])
+        layer.step_done(PLAN, num_heads=1)
+    shares = [[1, 22], [2, 22], [3, 22]] if num_rows == 3 else [[4, 44], [2, 22], [4, 44]]
+    assert [layer.arrived.tolist() for layer in layers] == shares
+    total = counters.read_stats()
+    assert (total.sparse_tokens, total.kept_blocks, total.visible_blocks) == (900, 6, 66)
 
 
 def test_what_has_not_arrived_is_waited_for_by_the_thread_alone(monkeypatch):
@@ -39,10 +56,10 @@ def test_what_has_not_arrived_is_waited_for_by_the_thread_alone(monkeypatch):
     monkeypatch.setattr(device_counts, "POLL_SECONDS", 0.001)
     counts._more = threading.Event()
     threading.Thread(target=counts._report_as_it_arrives, daemon=True).start()
-    counts.layer_done(PLAN, num_heads=1)
+    counts.new_layer().step_done(PLAN, num_heads=1)
     assert not counts.report()
     assert counters.read_stats().density is None
-    counts._host += torch.tensor([11, 22])
+    counts._host[0] += torch.tensor([11, 22])
     for _ in range(1000):
         if counters.read_stats().visible_blocks:
             break

@@ -3,13 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_flashprefill.backend.prompt_lengths import (
-    INPUT_BATCH,
-    PREPARED_INPUTS,
-    prompt_lengths,
-    unwatch,
-    watch,
-)
+from vllm_flashprefill.backend.prompt_lengths import INPUT_BATCH, PREPARED_INPUTS, prompt_lengths, unwatch, watch
 
 
 class Runner:

@@ -11,6 +11,7 @@ from tests.support.flash_attn_step import (
     HEAD_SIZE,
     KV_DIM,
     KV_HEADS,
+    SPARSE,
     Classes,
     Step,
     assert_dense,
@@ -19,6 +20,7 @@ from tests.support.flash_attn_step import (
 from tests.support.request import Request
 from tests.support.vllm_side import counted
 from vllm_flashprefill import counters
+from vllm_flashprefill.backend import density_guard
 from vllm_flashprefill.routing import DenseReason
 
 
@@ -84,3 +86,22 @@ def test_a_dense_layer_takes_a_mixed_step_whole(calls):
         assert_dense(step, classes.forward(step, metadata))
     assert [call["attn_metadata"] for call in calls] == [metadata]
     assert count.stats == counters.Stats(dense_tokens={"dense_layer": 601})
+
+
+def test_a_layer_that_was_too_dense_takes_a_mixed_step_whole_for_a_while(calls, monkeypatch):
+    monkeypatch.setattr(density_guard, "MIN_VISIBLE_BLOCKS", 1)
+    monkeypatch.setattr(density_guard, "DENSE_STEPS", 1)
+    classes = Classes(dataclasses.replace(SPARSE, max_density=0.0))
+    step = Step([Request(1, 400), Request(600)], 16, 5)
+    sparse = counters.Stats(sparse_tokens=600, dense_tokens={"decode": 1})
+    dense = counters.Stats(dense_tokens={"density": 600, "decode": 1})
+    for expected in (sparse, dense, sparse):
+        metadata = classes.build(step)
+        calls.clear()
+        with counted() as count:
+            out = classes.forward(step, metadata)
+        assert (count.stats.sparse_tokens, count.stats.dense_tokens) == (expected.sparse_tokens, expected.dense_tokens)
+        (call,) = calls
+        assert (call["attn_metadata"] is metadata) == (expected is dense)
+        if expected is dense:
+            assert_dense(step, out)

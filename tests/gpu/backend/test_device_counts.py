@@ -84,22 +84,23 @@ def test_layers_are_counted_without_waiting(step, no_sync, shared_stats):
     _, plan, _, run = step
     torch.cuda.set_sync_debug_mode("default")
     try:
-        counts = DeviceCounts(torch.device("cuda"))
-        run(block_counts=counts.blocks)
-        kept = int(counts.blocks[0])
-        counts.blocks.zero_()
+        layer = DeviceCounts(torch.device("cuda")).new_layer()
+        run(block_counts=layer.blocks)
+        kept = int(layer.blocks[0])
+        layer.blocks.zero_()
         torch.cuda.set_sync_debug_mode("error")
         # Layers run in inference mode, the counters were not made in it.
         with torch.inference_mode():
             for _ in range(3):
-                run(block_counts=counts.blocks)
-                counts.layer_done(plan, HEADS)
+                run(block_counts=layer.blocks)
+                layer.step_done(plan, HEADS)
         for _ in range(500):
             total = counters.read_stats()
             if total.visible_blocks == 3 * HEADS * plan.visible_blocks:
                 break
             time.sleep(0.01)
         assert total.kept_blocks == 3 * kept
+        assert layer.arrived.tolist() == [total.kept_blocks, total.visible_blocks]
         assert total.visible_blocks == 3 * HEADS * plan.visible_blocks
         assert total.sparse_tokens == 3 * plan.num_sparse_tokens
     finally:

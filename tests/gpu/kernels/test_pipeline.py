@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
 from tests.support.kernel_cases import (
     check_all,
     check_attention,
