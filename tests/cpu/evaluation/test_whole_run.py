@@ -62,6 +62,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: Words())
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("COMMIT", "abc")
+    # As the engine registers it.
+    monkeypatch.setenv("FLASHPREFILL_MAX_DENSITY", "1")
 
     def run(*arguments, ends_after=-1):
         monkeypatch.setenv("ENDS_AFTER", str(ends_after))
