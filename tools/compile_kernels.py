@@ -87,8 +87,8 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             "PIECE_STAGES": getattr(config, "piece_stages", None),
         }  # fmt: skip
 
-    select = configs.SELECT[generation, head_size]
     for name, values in PIECES.items():
+        select = {**configs.SELECT, **(configs.SELECT_PIECES if values["PIECES"] else {})}[generation, head_size]
         whole = ["piece_ptr"] * (not values["PIECES"])
         for counted, absent in (("", ()), (", uncounted", ("block_counts_ptr",))):
             yield case(
