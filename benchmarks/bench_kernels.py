@@ -25,7 +25,7 @@ from triton.testing import do_bench
 
 from benchmarks.kernel_data import DENSITY, structured_qkv
 from tools.rows import RESULTS, append_row, commit_name
-from vllm_flashprefill.config import ROW_STEP, FlashPrefillConfig
+from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.configs import num_multiprocessors
@@ -113,7 +113,7 @@ class Stages:
             self.pieces = self.mean.new_empty(groups, rows, self.config.num_pieces, head_size)
         self.pool()
         self.lists, self.counts = list_scratch(self.q, self.schedule)
-        self.scores = score_scratch(self.q, self.schedule)
+        self.scores = score_scratch(self.q, self.schedule, piece_size > 0)
         self.out = torch.empty_like(self.q)
 
     def make_schedule(self):
@@ -170,7 +170,7 @@ class Stages:
             s[:-1, -1] = -torch.inf
             score = torch.exp(s - s.max()).sum(0)
             return score[:-1], score.max(), torch.zeros(len(score) - 1, dtype=torch.bool, device=q.device)
-        rows = self.scale * q[::ROW_STEP].float()
+        rows = self.scale * q.float()
         coarse = (rows @ blocks[:-1].mean(1).T).logsumexp(0)
         above = coarse - coarse.max() - math.log(self.config.candidate_alpha or 1e-300)
         pieces = rows @ blocks[:-1].unflatten(1, (-1, self.config.piece_size)).mean(2).flatten(0, 1).T

@@ -41,8 +41,7 @@ def start(job: dict[str, Any]) -> Any:
         # Whatever the shell asks for.
         os.environ["FLASHPREFILL"] = "0"
     else:
-        # What is measured is a selection, also where so little is pruned that a layer would be dense for it.
-        vllm_flashprefill.register(**{"max_density": 1.0, **job["options"]})
+        vllm_flashprefill.register(**options_of(job))
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -58,6 +57,13 @@ def start(job: dict[str, Any]) -> Any:
         seed=0,
         **job["engine"],
     )
+
+
+def options_of(job: dict[str, Any]) -> dict[str, Any]:
+    """Those of all settings. No density guard: what is measured is a selection, also where little is pruned, and what a
+    guard does follows from the prompts and the setting before.
+    """
+    return {"max_density": 1.0, **job["options"]}
 
 
 def what_ran(llm: Any) -> dict[str, Any]:
@@ -196,9 +202,10 @@ class Engine:
         return alpha
 
 
-def setting_name(config: Any) -> str:
-    """Alpha, and what is not as the package has it."""
-    names = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+def setting_name(config: Any, options: dict[str, Any]) -> str:
+    """Alpha, and what is neither as the package has it nor among the options of all settings."""
+    usual = {field.name: field.default for field in dataclasses.fields(config)} | options
+    names = [name for name, value in usual.items() if getattr(config, name) != value]
     return ", ".join(f"{name} {getattr(config, name):g}" for name in dict.fromkeys(["alpha", *names]))
 
 
@@ -227,7 +234,7 @@ def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None
             here = dataclasses.replace(own, **options)
             setting = next((each for each in settings if each["config"] == dataclasses.asdict(here)), None)
         if setting is None:
-            setting = {"name": setting_name(here), "config": dataclasses.asdict(here), "counts": []}
+            setting = {"name": setting_name(here, options_of(job)), "config": dataclasses.asdict(here), "counts": []}
             settings.append(setting)
         setting["calibrated"] = target or setting.get("calibrated")
         here = FlashPrefillConfig(**setting["config"])

@@ -29,7 +29,7 @@ def main() -> None:
 
     captured = torch.load(options.file)
     heads = [tuple(map(int, name.split("."))) for name in options.heads or [f"{layer}.0" for layer in captured]]
-    config = FlashPrefillConfig(alpha=options.alpha)
+    config = FlashPrefillConfig(alpha=options.alpha, piece_size=0)
     masks = {}
     for layer in {layer for layer, _ in heads}:
         q, k = captured[layer]["q"], captured[layer]["k"]

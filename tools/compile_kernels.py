@@ -24,7 +24,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_flashprefill.config import ROW_STEP
 from vllm_flashprefill.kernels import block_mean, block_select, configs, sparse_attention
 from vllm_flashprefill.kernels.descriptors import TensorDescriptor
 
@@ -46,8 +45,8 @@ POINTERS = {
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
 }
-# By what is said of them, blocks as they are and in 16 pieces; with pieces some rows score, without all.
-PIECES = {"": dict(PIECES=0, ROW_STEP=1), " with pieces": dict(PIECES=16, ROW_STEP=ROW_STEP)}
+# By what is said of them: blocks as they are, and in 16 pieces.
+PIECES = {"": dict(PIECES=0), " with pieces": dict(PIECES=16)}
 FLOATS = ("scale", "log2_alpha", "log2_candidate")
 
 
@@ -72,7 +71,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     common = dict(
         HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=generation != "ampere",
         NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
-        PIECES=0, ROW_STEP=1, PAGE_SIZE=0,
+        PIECES=0, PAGE_SIZE=0,
     )  # fmt: skip
 
     def case(kernel, name, launch, absent=(), **values):
@@ -88,8 +87,8 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             "PIECE_STAGES": getattr(config, "piece_stages", None),
         }  # fmt: skip
 
-    select = configs.SELECT[generation, head_size]
     for name, values in PIECES.items():
+        select = {**configs.SELECT, **(configs.SELECT_PIECES if values["PIECES"] else {})}[generation, head_size]
         whole = ["piece_ptr"] * (not values["PIECES"])
         for counted, absent in (("", ()), (", uncounted", ("block_counts_ptr",))):
             yield case(

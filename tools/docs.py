@@ -196,11 +196,60 @@ def change(row: Row | None) -> str:
     return f"{score(row['task'], row['sparse'])}: {moved}{unit} ({low} to {high}) at {kept}"
 
 
+ESTIMATES = {
+    "exact": "every key",
+    "p": "mean keys of {} neighbours",
+    "km": "means of {} clusters",
+    "out": "{} outliers, mean of the others",
+    "var": "mean and variance",
+    "published": "published score",
+}
+RULES = {"pub": "", "share": ", share of each row", "head": ", by head"}
+
+
+def estimates() -> str:
+    """The newest rows of each rule, of the newest model and commit, best first: the mean of the tasks, and each."""
+    rows = read_rows(RESULTS / "estimates.csv")
+    run = ("model", "tokens", "gpu", "vllm", "commit")
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in run)]
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        rule = tuple(row[name] for name in ("estimate", "rows", "rule", "candidates"))
+        found.setdefault(rule, {})[row["task"]] = row
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] != "multi-fact"))
+    best = sorted(found.values(), key=lambda by_task: -float(by_task["multi-fact"]["change"]))
+    dense = [points(best[0][task]["dense"]) for task in ("multi-fact", *tasks)]
+    return table(
+        " | ".join(["score of", "rows", "candidates", "density", "four tasks", "change (95 %)", *tasks]),
+        [["dense", "", "", "", dense[0], "", *dense[1:]], *(estimate_line(by_task, tasks) for by_task in best)],
+    )
+
+
+def estimate_line(by_task: dict[str, Row], tasks: Iterable[str]) -> list[str]:
+    row = by_task["multi-fact"]
+    name, size = re.fullmatch(r"(\D+)(\d*)", row["estimate"]).groups()
+    change, low, high = (f"{float(row[number]):+.1f}" for number in ("change", "low", "high"))
+    return [
+        ESTIMATES[name].format(size) + RULES[row["rule"]],
+        row["rows"],
+        row["candidates"] or "all",
+        f"{100 * float(row['density']):.1f} %",
+        points(row["sparse"]),
+        f"{change} ({low} to {high})",
+        *(points(by_task[task]["sparse"]) for task in tasks),
+    ]
+
+
+def points(value: str) -> str:
+    return f"{float(value):.1f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "kernels-short": kernels_short,
     "kernels": kernels_whole,
     "kernel-shapes": kernel_shapes,
     "transformers": transformers,
+    "estimates": estimates,
     "ttft-versions": ttft_versions,
     "ttft-0.24.0": ttft("0.24.0", "llama-8b, 32 layers"),
     "ttft-0.12.0": ttft("0.12.0", "llama-8b, 8 layers, eager"),

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from vllm_flashprefill.config import ROW_STEP, FlashPrefillConfig
+from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import StepPlan
 
@@ -71,10 +71,9 @@ def piece_score_ref(
 ) -> torch.Tensor:
     """Stages 1 and 2 with pieces: how much of its attention a query block would give to the pieces of its candidates.
 
-    Of the query block's rows in this chunk every `ROW_STEP`-th one, from the first on, has a say. Candidates are the
-    key blocks before the query block's own whose sum over those rows of exp(s[row, block]), s with the block's mean
-    key, is at least `candidate_alpha` of the largest one. A candidate's score is the sum over those rows and over its
-    pieces of exp(s[row, piece] - m), s with the piece's mean key and m the largest of the candidates'.
+    Candidates are the key blocks before the query block's own whose sum over its rows of exp(s[row, block]), s with
+    the block's mean key, is at least `candidate_alpha` of the largest one. A candidate's score is the sum over rows and
+    over its pieces of exp(s[row, piece] - m), s with the piece's mean key and m the largest of the candidates'.
 
     Args:
         q: [T, H, D], queries of this chunk. k: [S, G, D], keys of the whole sequence so far.
@@ -92,7 +91,7 @@ def piece_score_ref(
     blocks, pieces = mean_keys(config.block_size), mean_keys(config.piece_size)
     scores = []
     for start, end in query_block_bounds(context_len, num_tokens, config.block_size):
-        rows = q[start - context_len : end - context_len : ROW_STEP].float().transpose(0, 1)
+        rows = q[start - context_len : end - context_len].float().transpose(0, 1)
         own = start // config.block_size
         score = q.new_zeros(num_heads, blocks.shape[2], dtype=torch.float32)
         if own:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from vllm_flashprefill.config import ROW_STEP, FlashPrefillConfig
+from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.cpu.blocks import in_blocks
 
 # Logits of the query blocks that are scored together take at most this many bytes.
 LOGIT_BYTES = 2 << 20
-# In place of a fraction of 0, whose logarithm is none.
-TINY = 1e-300
 
 
 def block_select_cpu(
@@ -35,37 +31,50 @@ def block_select_cpu(
     tail = -(-prompt_len // block_size) - config.num_dense_tail_blocks
     always = (j < config.num_sink_blocks) | (i - j < config.num_window_blocks) | (i >= tail)
 
-    # [G, D, NK], [G, D, NK * pieces] and [H, NQ, rows, D]
+    # [G, D, NK], [G, NK, pieces, D] and [H, NQ, B, D]
     keys = in_blocks(k.float(), 0, num_key_blocks, block_size)
     means = (keys.sum(dim=2) / ends.diff(prepend=ends.new_zeros(1))[:, None]).transpose(1, 2)
-    queries = in_blocks(q, context_len % block_size, len(i), block_size)
-    rows = torch.arange(block_size).expand(len(i), -1)
     if config.piece_size:
-        pieces = keys.view(num_kv_heads, -1, config.piece_size, head_size).mean(dim=2).transpose(1, 2)
-        # From the first row in the chunk on.
-        rows = rows[:, ::ROW_STEP] + (i == first) * (context_len % ROW_STEP)
-    queries, positions = queries[:, torch.arange(len(i))[:, None], rows], i * block_size + rows
+        pieces = keys.view(num_kv_heads, num_key_blocks, -1, config.piece_size, head_size).mean(dim=3)
+    queries = in_blocks(q, context_len % block_size, len(i), block_size)
+    positions = i * block_size + torch.arange(block_size)
     in_chunk = (positions >= context_len) & (positions < seq_len)
 
     def logits(some: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """[H, n, rows, keys], -inf for rows outside the chunk."""
-        s = queries[:, some].float().view(num_kv_heads, -1, head_size) @ keys
-        s = s.view(num_heads, len(some), rows.shape[1], -1) * softmax_scale
-        return s.masked_fill_(~in_chunk[some][..., None], -torch.inf)
+        """[H, n, B, keys], -inf for rows outside the chunk."""
+        s = (queries[:, some].float() * softmax_scale).view(num_kv_heads, -1, head_size) @ keys
+        s = s.view(num_heads, len(some), block_size, -1)
+        return s if in_chunk[some].all() else s.masked_fill_(~in_chunk[some][..., None], -torch.inf)
 
     kept = torch.zeros(num_heads, len(i), num_key_blocks, dtype=torch.bool)
-    row_bytes = 4 * num_heads * rows.shape[1] * num_key_blocks * max(1, config.num_pieces)
+    row_bytes = 4 * num_heads * block_size * num_key_blocks * max(1, config.num_pieces)
     for some in torch.arange(len(i)).split(max(1, LOGIT_BYTES // row_bytes)):
-        stop = first + int(some[-1]) + 1
+        start, stop = first + int(some[0]), first + int(some[-1]) + 1
+        earlier = j[:stop] < i[some]
         s = logits(some, means[:, :, :stop])
-        # Its own is scored by the row that sees it whole; with pieces, which are for earlier ones, by none.
-        s.masked_fill_(
-            ends[:stop] > (i[some] * block_size if config.piece_size else positions[some] + 1)[..., None], -torch.inf
-        )
-        score = s.logsumexp(dim=2)
+        # Rows see whole what ends before them, of their own block at most the last row; with pieces, that is left out.
+        s[..., start:].masked_fill_(ends[start:stop] > positions[some][..., None] + 1, -torch.inf)
+        score = _score(s, earlier if config.piece_size else j[:stop] <= i[some])
         if config.piece_size:
-            least = score.amax(dim=-1, keepdim=True) + math.log(config.candidate_alpha or TINY)
-            s = logits(some, pieces[:, :, : stop * config.num_pieces]).unflatten(3, (stop, -1))
-            score = s.logsumexp(dim=(2, 4)).masked_fill_((score < least) | score.isinf(), -torch.inf)
-        kept[:, some, :stop] = score >= score.amax(dim=-1, keepdim=True) + math.log(config.alpha or TINY)
-    return (kept | always | (config.alpha == 0)) & (j <= i)
+            candidate = (score >= config.candidate_alpha * score.amax(dim=-1, keepdim=True)) & earlier
+            # Blocks that are candidates of no head and none of these query blocks are not looked at.
+            looked_at = candidate.any(dim=(0, 1)).nonzero().flatten()
+            score = torch.zeros_like(score)
+            if len(looked_at):
+                s = logits(some, pieces[:, looked_at].flatten(1, 2).transpose(1, 2))
+                score[:, :, looked_at] = _score(s, candidate[:, :, looked_at])
+        kept[:, some, :stop] = score >= config.alpha * score.amax(dim=-1, keepdim=True)
+    return (kept | always) & (j <= i)
+
+
+def _score(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """[H, n, blocks], the sum over rows and pieces of exp(s), over the largest term; 0 for blocks that do not count.
+
+    Args:
+        s: [H, n, B, blocks * pieces], overwritten.
+        counted: [n, blocks] or [H, n, blocks] bool.
+    """
+    pieces = (counted.shape[-1], -1)
+    largest = s.amax(dim=2).unflatten(2, pieces).amax(dim=3).masked_fill(~counted, -torch.inf).amax(dim=2, keepdim=True)
+    s.sub_(largest[..., None]).exp_()
+    return s.sum(dim=2).unflatten(2, pieces).sum(dim=3).masked_fill_(~counted, 0.0)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_flashprefill.config import BLOCK_SIZE, ROW_STEP, FlashPrefillConfig
+from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
@@ -59,7 +59,7 @@ def _score_pieces(
     q, mask_rows, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
     PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, ROWS]; the largest."""
+    """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, BLOCK]; the largest."""
     BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
     offs_dim = tl.arange(0, HEAD_SIZE)
     offs_piece = tl.arange(0, BLOCK_PIECES)
@@ -71,7 +71,7 @@ def _score_pieces(
         offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
         pieces = tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :])
         s = tl.where(mask_rows[None, :], tl.dot(pieces, q), float("-inf"))
-        # [BLOCKS, PIECES, ROWS]
+        # [BLOCKS, PIECES, BLOCK]
         s = tl.reshape(s, [BLOCKS, PIECES, s.shape[1]]) * scale
         top = tl.maximum(tl.max(tl.max(s, axis=2), axis=1), -1.0e30)
         score = top + tl.log2(tl.sum(tl.sum(tl.exp2(s - top[:, None, None]), axis=2), axis=1))
@@ -112,7 +112,6 @@ def _block_select_kernel(
     NUM_SINK_BLOCKS: tl.constexpr,
     NUM_WINDOW_BLOCKS: tl.constexpr,
     PIECES: tl.constexpr,
-    ROW_STEP: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     PIECE_STAGES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -149,11 +148,11 @@ def _block_select_kernel(
             mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START)
             # [BLOCK_N, HEAD_SIZE]
             mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
-            # [ROWS]; those outside the chunk repeat the last one inside it, and are left out of the sum.
-            rows = first_row + ROW_STEP * tl.arange(0, BLOCK // ROW_STEP)
+            # [BLOCK]; those outside the chunk repeat the last one inside it, and are left out of the sum.
+            rows = first_row + tl.arange(0, BLOCK)
             mask_rows = rows < end_row
             offs_rows = tl.load(request_ptr + columns.QUERY_START) + tl.minimum(rows, end_row - 1)
-            # [HEAD_SIZE, ROWS]
+            # [HEAD_SIZE, BLOCK]
             q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
             q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty))
             # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
@@ -243,7 +242,7 @@ def block_select(
         launch: tile sizes, to replace the committed table's.
     """
     num_heads, head_size = q.shape[2:]
-    launch = launch or select_config(q.device, head_size)
+    launch = launch or select_config(q.device, head_size, pieces is not None)
     num_work = slab.num_items * num_heads
     _block_select_kernel[(min(len(scores), num_work),)](
         q,
@@ -273,7 +272,6 @@ def block_select(
         NUM_SINK_BLOCKS=config.num_sink_blocks,
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         PIECES=0 if pieces is None else pieces.shape[2],
-        ROW_STEP=1 if pieces is None else ROW_STEP,
         BLOCK_PIECES=launch.block_pieces,
         PIECE_STAGES=launch.piece_stages,
         NUM_STAGES=launch.num_stages,
@@ -286,7 +284,9 @@ def _log2(x: float) -> float:
     return math.log2(x) if x > 0 else -math.inf
 
 
-def score_scratch(q: torch.Tensor, schedule: Schedule, workspace: Workspace | None = None) -> torch.Tensor:
+def score_scratch(
+    q: torch.Tensor, schedule: Schedule, with_pieces: bool, workspace: Workspace | None = None
+) -> torch.Tensor:
     """Scratch for `block_select`: one row of scores for each program that the GPU holds at once."""
     empty = (workspace or Workspace(q.device)).empty
-    return empty((num_select_programs(q.device, q.shape[-1]), schedule.max_key_blocks), torch.float32)
+    return empty((num_select_programs(q.device, q.shape[-1], with_pieces), schedule.max_key_blocks), torch.float32)

@@ -78,12 +78,18 @@ SELECT = {
     ("ampere", 64): SelectConfig(64, 4, 3, 2),
     ("ampere", 128): SelectConfig(64, 4, 2, 2),
     ("ampere", 256): SelectConfig(32, 8, 2, 1),
-    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128, piece_stages=3),
-    ("hopper", 128): SelectConfig(64, 4, 1, 4, max_registers=128, piece_stages=3),
+    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128),
+    ("hopper", 128): SelectConfig(64, 4, 1, 4, max_registers=128),
     ("hopper", 256): SelectConfig(64, 4, 1, 2),
     ("blackwell", 64): SelectConfig(128, 4, 3, 2),
     ("blackwell", 128): SelectConfig(64, 4, 3, 2),
     ("blackwell", 256): SelectConfig(64, 8, 2, 1),
+}
+
+# With pieces, where other than without.
+SELECT_PIECES = {
+    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128, piece_stages=3),
+    ("hopper", 128): SelectConfig(64, 4, 1, 3, max_registers=168, piece_stages=3),
 }
 
 
@@ -107,10 +113,11 @@ def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionCo
     return tuple(table[key] for table in (ATTENTION_GLUON, ATTENTION_TMA, ATTENTION) if key in table)
 
 
-def select_config(device: torch.device, head_size: int) -> SelectConfig:
-    return SELECT[generation(device), head_size]
+def select_config(device: torch.device, head_size: int, with_pieces: bool) -> SelectConfig:
+    key = generation(device), head_size
+    return SELECT_PIECES.get(key, SELECT[key]) if with_pieces else SELECT[key]
 
 
-def num_select_programs(device: torch.device, head_size: int) -> int:
+def num_select_programs(device: torch.device, head_size: int, with_pieces: bool) -> int:
     """Programs of stages 2 and 3 that the GPU holds at once."""
-    return select_config(device, head_size).programs_per_sm * num_multiprocessors(device)
+    return select_config(device, head_size, with_pieces).programs_per_sm * num_multiprocessors(device)

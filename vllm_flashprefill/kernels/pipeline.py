@@ -47,7 +47,7 @@ def run_stages(
     if config.num_pieces:
         pieces = workspace.empty((*mean.shape[:2], config.num_pieces, mean.shape[2]), MEAN_DTYPE)
     block_mean(kv, schedule, mean, pieces)
-    scores = score_scratch(q, schedule, workspace)
+    scores = score_scratch(q, schedule, config.piece_size > 0, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
     for slab in schedule.slabs:
         block_select(

@@ -71,7 +71,7 @@ def scratch_bytes(
     query_blocks = 2 * -(-max_query_tokens // BLOCK_SIZE) + 1
     mean = num_kv_heads * (key_blocks + query_blocks) * head_size * 2
     pieces = num_pieces * mean
-    scores = num_select_programs(device, head_size) * key_blocks * 4
+    scores = num_select_programs(device, head_size, num_pieces > 0) * key_blocks * 4
     list_slots = min(query_blocks * key_blocks, max(LIST_BYTES // (4 * num_heads), key_blocks))
     counts = query_blocks * num_heads * 4
     return mean + pieces + scores + list_slots * num_heads * 4 + counts + 5 * ALIGNMENT

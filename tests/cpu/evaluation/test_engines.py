@@ -194,9 +194,11 @@ def test_the_alpha_of_a_density_is_found_by_bisection():
 def test_a_setting_is_named_by_alpha_and_what_is_not_the_packages():
     from vllm_flashprefill.config import FlashPrefillConfig
 
-    assert evaluation_engine.setting_name(FlashPrefillConfig()) == "alpha 0.05"
+    assert evaluation_engine.setting_name(FlashPrefillConfig(), {}) == "alpha 0.05"
     config = FlashPrefillConfig(alpha=0.08, piece_size=0, num_sink_blocks=1)
-    assert evaluation_engine.setting_name(config) == "alpha 0.08, num_sink_blocks 1, piece_size 0"
+    assert evaluation_engine.setting_name(config, {}) == "alpha 0.08, num_sink_blocks 1, piece_size 0"
+    assert evaluation_engine.setting_name(config, {"num_sink_blocks": 1}) == "alpha 0.08, piece_size 0"
+    assert evaluation_engine.setting_name(FlashPrefillConfig(), {"max_density": 1.0}) == "alpha 0.05, max_density 0.8"
 
 
 def engine_class(used):
@@ -240,13 +242,14 @@ def sparse(tmp_path, monkeypatch):
 
     used = []
     monkeypatch.setattr(evaluation_engine, "what_ran", lambda llm: {})
-    monkeypatch.setattr(FlashPrefillConfig, "from_vllm", classmethod(lambda cls, _: cls(alpha=0.02)))
+    monkeypatch.setattr(FlashPrefillConfig, "from_vllm", classmethod(lambda cls, _: cls(alpha=0.02, max_density=1.0)))
 
     def run(settings, density=None, fails_at=None, name="result.json"):
         used.clear()
         Engine = engine_class(used)
         monkeypatch.setattr(evaluation_engine, "Engine", Engine)
-        job = {"mode": "sparse", "job": "", "settings": settings, "target_density": density, "fails_at": fails_at}
+        job = {"mode": "sparse", "job": "", "options": {}, "settings": settings, "target_density": density}
+        job["fails_at"] = fails_at
         (tmp_path / "job.json").write_text(json.dumps(job))
         samples = [{"tokens": [n], "length": 600, "task": "ab"[n % 2]} for n in range(4)]
         texts = [{"tokens": [7], "length": 600, "task": "texts"}]

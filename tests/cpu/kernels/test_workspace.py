@@ -47,9 +47,10 @@ def test_reserving_only_grows():
     st.integers(1, 20_000),
     st.lists(st.integers(1, 2000), max_size=6),
     st.integers(1, 2000),
-    st.sampled_from([4096, 1 << 20, 128 << 20]),
+    st.sampled_from([4096, 1 << 20, 64 << 20]),
+    st.sampled_from([0, 8, 32]),
 )
-def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, chunk, list_bytes):
+def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, chunk, list_bytes, num_pieces):
     """One request of the longest length, whole prompts beside it."""
     requests = [
         SparseRequest(0, 0, chunk, context_len, context_len + chunk),
@@ -66,13 +67,15 @@ def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, c
             head_size=64,
             max_query_tokens=max(chunk + sum(whole), 2048),
             max_seq_len=longest,
+            num_pieces=num_pieces,
             device=CPU,
         )
     workspace = Workspace(CPU)
     workspace.reserve(reserved)
     wanted = [
         ((num_heads, schedule.num_mean_rows, 64), torch.float16),
-        ((num_select_programs(CPU, 64), schedule.max_key_blocks), torch.float32),
+        *[((num_heads, schedule.num_mean_rows, num_pieces, 64), torch.float16)] * (num_pieces > 0),
+        ((num_select_programs(CPU, 64, num_pieces > 0), schedule.max_key_blocks), torch.float32),
         ((max(slab.list_slots for slab in schedule.slabs) * num_heads,), torch.int32),
         ((max(slab.num_items for slab in schedule.slabs) * num_heads,), torch.int32),
     ]
@@ -91,6 +94,8 @@ def test_a_million_tokens_stay_within_the_budget():
             head_size=head_size,
             max_query_tokens=8192,
             max_seq_len=1 << 20,
+            # Engines for sequences this long have pieces of 16 keys.
+            num_pieces=8,
             device=CPU,
         )
         assert reserved <= 256 << 20

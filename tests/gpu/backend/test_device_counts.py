@@ -59,6 +59,7 @@ def test_scratch_from_a_workspace_changes_nothing(step):
         head_size=128,
         max_query_tokens=4096,
         max_seq_len=4096,
+        num_pieces=16,
         device=torch.device("cuda"),
     )
     for num_bytes in (enough, 1000):
