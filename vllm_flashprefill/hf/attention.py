@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +18,15 @@ from vllm_flashprefill.counters import Stats
 from vllm_flashprefill.hf.mask import CausalMask
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
+logger = logging.getLogger(__name__)
+
 _options: tuple[Mapping[str, Any], ...] = ()
 _sparse_tokens = 0
 _dense_tokens: Counter[DenseReason] = Counter()
 # Kept and visible, counted where the blocks are selected, so that no layer waits for its GPU.
 _block_counts: dict[torch.device, Tensor] = {}
+# Devices, head sizes and dtypes that the kernels do not run for.
+_failed: set[tuple[torch.device, int, torch.dtype]] = set()
 
 
 def use_options(*options: Mapping[str, Any]) -> None:
@@ -108,11 +113,13 @@ def _attend(
     context_len = mask.context_len if isinstance(mask, CausalMask) else 0
     seq_len = context_len + query_len
     config = layer_config(getattr(getattr(module, "config", None), "model_type", None), head_size)
+    kind = query.device, head_size, query.dtype
     reason = (
         _layer_reason(module, (query, key, value), config, arguments)
         or _mask_reason(query, key, mask, causal_without_mask)
         # Where the prompt ends is not said, and a few tokens after others may be drafts.
         or request_dense_reason(query_len, context_len, None, config)
+        or (DenseReason.KERNEL_FAILED if kind in _failed else None)
     )
     if reason is None:
         q, k, v = (
@@ -120,10 +127,27 @@ def _attend(
             for x in (query, key[:, :, :seq_len], value[:, :, :seq_len])
         )
         counts = _block_counts_on(query.device)
-        out = flash_prefill(q, k, v, config=config, softmax_scale=arguments["scaling"], block_counts=counts)
-        global _sparse_tokens
-        _sparse_tokens += batch * query_len
-        return out, None
+        counts_before = counts.clone()
+        try:
+            out = flash_prefill(q, k, v, config=config, softmax_scale=arguments["scaling"], block_counts=counts)
+        except Exception as error:
+            # What else fails, for want of memory say, may run the next time.
+            if not type(error).__module__.startswith("triton."):
+                raise
+            counts.copy_(counts_before)
+            _failed.add(kind)
+            reason = DenseReason.KERNEL_FAILED
+            logger.warning(
+                "FlashPrefill: layers with heads of %d, %s on %s stay dense, since the kernels do not run for them: %s",
+                head_size,
+                query.dtype,
+                query.device,
+                error,
+            )
+        else:
+            global _sparse_tokens
+            _sparse_tokens += batch * query_len
+            return out, None
 
     _dense_tokens[reason] += batch * query_len
     if isinstance(mask, CausalMask):

@@ -1,5 +1,7 @@
 """What is dense, and counted by its reason, or an error."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -132,6 +134,45 @@ def test_what_is_not_plain_causal_attention_is_dense():
     assert attend(300, 300, value_size=8, is_causal=True) == {"head_size": 300}
     assert attend(300, 300, dropout=0.1, is_causal=True) == {"training": 300}
     assert attend(300, 200, is_causal=True) == {"custom_mask": 300}
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """What the kernels raise after they have selected blocks, and the warnings that this led to."""
+
+    def fail(*args, block_counts, **kwargs):
+        block_counts += 1
+        calls.append(error[0])
+        raise error[0]
+
+    calls, error, warnings = [], [], []
+    monkeypatch.setattr(hf.attention, "_failed", set())
+    monkeypatch.setattr(hf.attention, "flash_prefill", fail)
+    monkeypatch.setattr(hf.attention.logger, "warning", lambda text, *values: warnings.append(text % values))
+    return SimpleNamespace(error=error, calls=calls, warnings=warnings)
+
+
+def test_heads_that_the_kernels_do_not_run_for_are_dense(failing):
+    """As heads of 256 on a GPU that has 99 KiB of shared memory for a block."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    failing.error.append(errors.OutOfResources(147456, 101376, "shared memory"))
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    for _ in range(2):
+        run = Run(make_model("flashprefill"), prompt())
+        check_dense(run, "kernel_failed", 2 * LENGTH)
+        assert run.stats.visible_blocks == 0
+        torch.testing.assert_close(run.logits, Run(make_model("sdpa"), prompt()).logits)
+    assert len(failing.calls) == 1
+    (warning,) = failing.warnings
+    assert "heads of 16, torch.float32 on cpu" in warning and "shared memory" in warning
+
+
+def test_other_errors_are_the_callers(failing):
+    failing.error.append(torch.OutOfMemoryError("CUDA out of memory"))
+    hf.register(alpha=1.0, **EAGER_TO_PRUNE)
+    with pytest.raises(torch.OutOfMemoryError):
+        Run(make_model("flashprefill"), prompt())
+    assert not failing.warnings
 
 
 @pytest.mark.parametrize("argument", ["softcap", "s_aux"])
