@@ -99,7 +99,7 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     undo.set_variable(ENV_ENABLE, "1")
     undo.on_revert(counters.unshare_stats)
     undo.on_revert(prompt_lengths.unwatch_all)
-    undo.on_revert(lambda: _forget_module(loader_name))
+    undo.on_revert(lambda: _forget_loader(name))
     _registered = name
     logger.info("FlashPrefill is registered for vLLM %s", installed_vllm())
 
@@ -124,8 +124,8 @@ def _check_plugin_is_found() -> None:
         raise RuntimeError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading FlashPrefill; add {PLUGIN_NAME} to it")
 
 
-def _forget_module(name: str) -> None:
-    """Have the next import of a loader run it again."""
-    sys.modules.pop(name, None)
-    package, _, attribute = name.rpartition(".")
-    vars(sys.modules[package]).pop(attribute, None)
+def _forget_loader(name: str) -> None:
+    """Have the next import of a loader run it again, also where it is another module, imported from the checkout."""
+    for package in ("vllm_flashprefill.patches", "patches"):
+        sys.modules.pop(f"{package}.{name}", None)
+    vars(sys.modules["vllm_flashprefill.patches"]).pop(name, None)

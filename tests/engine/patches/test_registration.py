@@ -56,6 +56,22 @@ def test_importing_the_loader_again_after_revert_registers_again(package, monkey
     assert names == once[0] and patched() != before
 
 
+@pytest.mark.parametrize("first", ["patches", "vllm_flashprefill.patches"])
+def test_both_names_of_the_loader_register_again_after_revert(first, monkeypatch):
+    """They are two modules, of which the second one imported has nothing to register."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    names = [f"{package}.{LOADER}" for package in sorted(("patches", "vllm_flashprefill.patches"), key=first.__ne__)]
+    before = patched()
+    for again in names:
+        for name in names:
+            importlib.import_module(name)
+        vllm_flashprefill.revert()
+        assert patched() == before
+        importlib.import_module(again)
+        assert patched() != before
+        vllm_flashprefill.revert()
+
+
 def test_counters_have_a_folder_from_an_engines_config_to_revert():
     from vllm.engine.arg_utils import EngineArgs
 
