@@ -108,12 +108,15 @@ def _copy_tile(desc, rows, column, ready, buffer, BLOCK: gl.constexpr, BOX: gl.c
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-    first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch, kv_rows_per_head,
-    stride_table, shared,
+    args,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
 ):  # fmt: skip
+    (
+        q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
+        first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
+        kv_rows_per_head, stride_table, shared,
+    ) = args  # fmt: skip
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = shared
     q_bytes: gl.constexpr = 2 * q_desc.block_type.nbytes
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -187,10 +190,8 @@ def _producer(
 
 
 @gluon.jit
-def _consumer(
-    out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared,
-    HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
-):  # fmt: skip
+def _consumer(args, HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr):
+    out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared = args
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean = shared
     ROWS: gl.constexpr = BLOCK // 2
     dtype: gl.constexpr = k_buffers.dtype
@@ -337,32 +338,26 @@ def _sparse_attention_hopper_kernel(
         mbarrier.init(v_free.index(n), count=2)
     fence_async_shared()
 
-    # A constant stays one only inside the call.
     # fmt: off
     shared = (q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean)
+    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared)
+    produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
+               first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
+               kv_rows_per_head, stride_table, shared)
+    # A constant stays one only inside the call.
     if _TRITON_3_5:
         gl.warp_specialize(
-            (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared,
-             gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK),
+            (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK),
             _consumer,
-            ((out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared,
-              gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK),
-             (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-              first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
-              kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE,
-              Q_COLUMNS, KV_COLUMNS)),
+            ((consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK),
+             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS)),
             (_second_consumer_3_5, _producer_3_5), [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot,
-                          stride_oh, shared, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK)),
-             (_consumer, (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot,
-                          stride_oh, shared, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK)),
-             (_producer, (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-                          next_ptr, first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head,
-                          kv_rows_per_batch, kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE,
-                          BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
+            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK)),
+             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK)),
+             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
             [4, 1], [240, 24],
         )
     # fmt: on
