@@ -130,18 +130,8 @@ def run_select(batch, config, scale):
         lists, counts = pipeline.list_scratch(batch.q, schedule)
         lists.fill_(-1)
         scratch = batch.q.new_full((slab.num_items * heads, schedule.max_key_blocks), torch.nan, dtype=torch.float32)
-        block_select(
-            batch.q,
-            mean,
-            schedule,
-            slab,
-            pieces=pieces,
-            config=config,
-            softmax_scale=scale,
-            lists=lists,
-            counts=counts,
-            scores=scratch,
-        )
+        chosen = dict(pieces=pieces, config=config, softmax_scale=scale, lists=lists, counts=counts, scores=scratch)
+        block_select(batch.q, mean, schedule, slab, **chosen)
         lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
         for n in range(slab.num_items):
             row, block, slot = items[slab.first_item + n]

@@ -39,7 +39,6 @@ _TRITON_3_5 = gl.constexpr("default_partition" in inspect.signature(gl.warp_spec
 
 STAGES = gl.constexpr(2)
 
-
 # Columns of a swizzled row, 128 bytes.
 PANEL = 64
 
