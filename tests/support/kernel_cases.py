@@ -306,16 +306,8 @@ def nan_workspace(device, num_bytes=32 << 20):
 
 
 def sparse_config(**options):
-    return FlashPrefillConfig(
-        **{
-            "alpha": 0.3,
-            "num_sink_blocks": 1,
-            "num_window_blocks": 2,
-            "num_dense_tail_blocks": 1,
-            "piece_size": 0,
-            **options,
-        }
-    )
+    defaults = dict(alpha=0.3, num_sink_blocks=1, num_window_blocks=2, num_dense_tail_blocks=1, piece_size=0)
+    return FlashPrefillConfig(**defaults | options)
 
 
 @triton.jit
