@@ -125,8 +125,7 @@ def flash_prefill_paged(
             GPU: each page of a sparse request must be one of the cache's.
         plan: which requests are sparse; what the GPU needs of it is uploaded by its first use.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
-        block_counts: [2] int64 on q's device; the key blocks kept, and those visible, of all query blocks and
-            heads are added to it.
+        block_counts: as of `flash_prefill`.
         workspace: where the GPU's scratch comes from; allocated for this call if None.
         mark: called before the first stage, and after each selection and each attention, which take turns.
 

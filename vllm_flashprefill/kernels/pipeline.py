@@ -32,9 +32,7 @@ def run_stages(
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
-        workspace: where scratch comes from; allocated for this call if None.
-        mark: called before the first stage, and after each selection and each attention, which take turns.
+        block_counts, workspace, mark: as of `api.flash_prefill_paged`.
 
     Returns:
         out.

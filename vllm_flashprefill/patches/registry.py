@@ -30,9 +30,9 @@ class FlashPrefillBackendMixin:
 
 
 def loader(module: str, attention: str) -> Callable[[], None]:
-    """What registers in this process, and in those it starts. Idempotent; importing the loader calls it.
+    """The `load` of a loader: registers in this process, and in those it starts. Idempotent; its import calls it.
 
-    Has vLLM's registry answer our classes for its CPU and FlashAttention backends, and for CUSTOM.
+    vLLM's registry then answers our classes for its CPU and FlashAttention backends, and for CUSTOM.
 
     Args:
         module: the loader's name; those of our backend classes are alike, with ``_cpu`` and ``_flash_attn``.
