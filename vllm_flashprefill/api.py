@@ -9,16 +9,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from vllm_flashprefill.checks import (
-    check_block_counts,
-    check_paged,
-    check_tensors,
-    checked_bounds,
-    checked_scale,
-)
+from vllm_flashprefill.checks import check_block_counts, check_paged, check_tensors, checked_bounds, checked_scale
 from vllm_flashprefill.config import MAX_INTEGER, FlashPrefillConfig
 from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.key_values import KeyValues
@@ -68,14 +63,9 @@ def flash_prefill(
     out = torch.empty_like(q) if out is None else out
     if q.shape[0] == 0 or q.shape[1] == 0:
         return out
+    plan = _batch_plan(*q.shape[:2], seq_len, prompt_len)
     return _run_stages(
-        q,
-        KeyValues(k, v),
-        _batch_plan(*q.shape[:2], seq_len, prompt_len),
-        config=config or FlashPrefillConfig(),
-        softmax_scale=softmax_scale,
-        out=out,
-        block_counts=block_counts,
+        q, KeyValues(k, v), plan, config, softmax_scale=softmax_scale, out=out, block_counts=block_counts
     )
 
 
@@ -109,14 +99,8 @@ def flash_prefill_varlen(
     bounds = checked_bounds(cu_seqlens, q.shape[0])
     softmax_scale = checked_scale(softmax_scale, q)
     out = torch.empty_like(q) if out is None else out
-    _run_stages(
-        q[None],
-        KeyValues(k[None], v[None]),
-        _packed_plan(tuple(bounds)),
-        config=config or FlashPrefillConfig(),
-        softmax_scale=softmax_scale,
-        out=out[None],
-    )
+    plan = _packed_plan(tuple(bounds))
+    _run_stages(q[None], KeyValues(k[None], v[None]), plan, config, softmax_scale=softmax_scale, out=out[None])
     return out
 
 
@@ -141,8 +125,7 @@ def flash_prefill_paged(
             GPU: each page of a sparse request must be one of the cache's.
         plan: which requests are sparse; what the GPU needs of it is uploaded by its first use.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
-        block_counts: [2] int64 on q's device; the key blocks kept, and those visible, of all query blocks and
-            heads are added to it.
+        block_counts: as of `flash_prefill`.
         workspace: where the GPU's scratch comes from; allocated for this call if None.
         mark: called before the first stage, and after each selection and each attention, which take turns.
 
@@ -156,22 +139,14 @@ def flash_prefill_paged(
     check_block_counts(block_counts, q)
     checked_scale(softmax_scale, q)
     if plan.sparse:
-        _run_stages(
-            q[None],
-            kv,
-            plan,
-            config=config,
-            softmax_scale=softmax_scale,
-            out=out[None],
-            block_counts=block_counts,
-            workspace=workspace,
-            mark=mark,
-        )
+        options = dict(block_counts=block_counts, workspace=workspace, mark=mark)
+        _run_stages(q[None], kv, plan, config, softmax_scale=softmax_scale, out=out[None], **options)
     return out
 
 
-def _run_stages(q: torch.Tensor, kv: KeyValues, plan: StepPlan, *, config: FlashPrefillConfig, **options):
+def _run_stages(q: torch.Tensor, kv: KeyValues, plan: StepPlan, config: FlashPrefillConfig | None, **options: Any):
     """The pipeline of q's device; arguments as of it."""
+    config = config or FlashPrefillConfig()
     if q.device.type == "cpu":
         from vllm_flashprefill.cpu.pipeline import run_stages
 
@@ -182,9 +157,7 @@ def _run_stages(q: torch.Tensor, kv: KeyValues, plan: StepPlan, *, config: Flash
     from vllm_flashprefill.kernels.pipeline import run_stages
     from vllm_flashprefill.kernels.schedule import schedule_step
 
-    schedule = schedule_step(
-        plan, num_heads=q.shape[2], num_dense_tail_blocks=config.num_dense_tail_blocks, device=q.device
-    )
+    schedule = schedule_step(plan, q.shape[2], config.num_dense_tail_blocks, q.device)
     # Triton launches on the current device, which need not be q's.
     with torch.cuda.device_of(q):
         return run_stages(q, kv, schedule, config=config, **options)

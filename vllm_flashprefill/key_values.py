@@ -53,9 +53,8 @@ class KeyValues:
 
     def of_request(self, request: SparseRequest) -> tuple[torch.Tensor, torch.Tensor]:
         """[S, G, D] each, the keys and values of one request's S tokens so far; e4m3 as float32."""
-        return self._tokens(self.codes()[0], self.k_scale, request), self._tokens(
-            self.codes()[1], self.v_scale, request
-        )
+        k, v = self.codes()
+        return self._tokens(k, self.k_scale, request), self._tokens(v, self.v_scale, request)
 
     def _tokens(self, x: torch.Tensor, scale: torch.Tensor | None, request: SparseRequest) -> torch.Tensor:
         if self.block_table is None:

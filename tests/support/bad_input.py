@@ -3,12 +3,20 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
+
+
+def check_bad_calls(device):
+    for number, (name, call) in enumerate(bad_calls(device)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call()
+            pytest.fail(f"call {number}, of a bad {name}, went through")
 
 
 def bad_calls(device):

@@ -130,18 +130,8 @@ def run_select(batch, config, scale):
         lists, counts = pipeline.list_scratch(batch.q, schedule)
         lists.fill_(-1)
         scratch = batch.q.new_full((slab.num_items * heads, schedule.max_key_blocks), torch.nan, dtype=torch.float32)
-        block_select(
-            batch.q,
-            mean,
-            schedule,
-            slab,
-            pieces=pieces,
-            config=config,
-            softmax_scale=scale,
-            lists=lists,
-            counts=counts,
-            scores=scratch,
-        )
+        chosen = dict(pieces=pieces, config=config, softmax_scale=scale, lists=lists, counts=counts, scores=scratch)
+        block_select(batch.q, mean, schedule, slab, **chosen)
         lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
         for n in range(slab.num_items):
             row, block, slot = items[slab.first_item + n]
@@ -316,16 +306,8 @@ def nan_workspace(device, num_bytes=32 << 20):
 
 
 def sparse_config(**options):
-    return FlashPrefillConfig(
-        **{
-            "alpha": 0.3,
-            "num_sink_blocks": 1,
-            "num_window_blocks": 2,
-            "num_dense_tail_blocks": 1,
-            "piece_size": 0,
-            **options,
-        }
-    )
+    defaults = dict(alpha=0.3, num_sink_blocks=1, num_window_blocks=2, num_dense_tail_blocks=1, piece_size=0)
+    return FlashPrefillConfig(**defaults | options)
 
 
 @triton.jit

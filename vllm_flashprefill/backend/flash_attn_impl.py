@@ -48,8 +48,7 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
         )
 
     def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: Any) -> DenseReason | None:
-        reason = super().dense_reason(layer, kv_cache, attn_metadata)
-        if reason is not None:
+        if (reason := super().dense_reason(layer, kv_cache, attn_metadata)) is not None:
             return reason
         if self.head_size not in HEAD_SIZES:
             return DenseReason.HEAD_SIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -31,9 +32,7 @@ def run_stages(
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
-        workspace: where scratch comes from; allocated for this call if None.
-        mark: called before the first stage, and after each selection and each attention, which take turns.
+        block_counts, workspace, mark: as of `api.flash_prefill_paged`.
 
     Returns:
         out.
@@ -49,23 +48,13 @@ def run_stages(
     block_mean(kv, schedule, mean, pieces)
     scores = score_scratch(q, schedule, config.piece_size > 0, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
+    shared = dict(lists=lists, counts=counts, softmax_scale=softmax_scale)
+    select = functools.partial(block_select, pieces=pieces, config=config, scores=scores, block_counts=block_counts)
     for slab in schedule.slabs:
-        block_select(
-            q,
-            mean,
-            schedule,
-            slab,
-            pieces=pieces,
-            config=config,
-            softmax_scale=softmax_scale,
-            lists=lists,
-            counts=counts,
-            scores=scores,
-            block_counts=block_counts,
-        )
+        select(q, mean, schedule, slab, **shared)
         if mark is not None:
             mark()
-        sparse_attention(q, kv, schedule, slab, lists=lists, counts=counts, softmax_scale=softmax_scale, out=out)
+        sparse_attention(q, kv, schedule, slab, out=out, **shared)
         if mark is not None:
             mark()
     return out

@@ -61,12 +61,11 @@ def schedule_requests(
     list_bytes: int = LIST_BYTES,
 ) -> Schedule:
     """The schedule of some requests, none of them without queries. Does not wait for the device."""
-    key_blocks = np.array([request.query_blocks.stop for request in sparse], dtype=np.int64)
+    query_blocks = [request.query_blocks for request in sparse]
+    key_blocks = np.array([blocks.stop for blocks in query_blocks], dtype=np.int64)
     mean_starts = np.cumsum(key_blocks) - key_blocks
     requests = np.empty((len(sparse), columns.REQUEST_COLUMNS), dtype=np.int32)
-    indices, blocks, dense = [], [], []
     for row, request in enumerate(sparse):
-        tail = -(-request.prompt_len // BLOCK_SIZE) - num_dense_tail_blocks
         requests[row, columns.BATCH] = request.batch
         requests[row, columns.QUERY_START] = request.query_start
         requests[row, columns.QUERY_LEN] = request.query_len
@@ -74,12 +73,10 @@ def schedule_requests(
         requests[row, columns.KV_START] = request.kv_start
         requests[row, columns.TABLE_ROW] = request.index
         requests[row, columns.MEAN_START] = mean_starts[row]
-        requests[row, columns.FIRST_TAIL_BLOCK] = tail
-        block = np.arange(request.query_blocks.start, request.query_blocks.stop)
-        indices.append(np.full(len(block), row))
-        blocks.append(block)
-        dense.append(block >= tail)
-    index, block, is_dense = np.concatenate(indices), np.concatenate(blocks), np.concatenate(dense)
+        requests[row, columns.FIRST_TAIL_BLOCK] = -(-request.prompt_len // BLOCK_SIZE) - num_dense_tail_blocks
+    block = np.concatenate([np.arange(blocks.start, blocks.stop) for blocks in query_blocks])
+    index = np.repeat(np.arange(len(sparse)), [len(blocks) for blocks in query_blocks])
+    is_dense = block >= requests[index, columns.FIRST_TAIL_BLOCK]
     order = np.lexsort((-block, ~is_dense))
     index, block, is_dense = index[order], block[order], is_dense[order]
 
@@ -108,7 +105,7 @@ def schedule_requests(
     )
 
 
-def schedule_step(plan: StepPlan, *, num_heads: int, num_dense_tail_blocks: int, device: torch.device) -> Schedule:
+def schedule_step(plan: StepPlan, num_heads: int, num_dense_tail_blocks: int, device: torch.device) -> Schedule:
     """The schedule of a step's sparse requests; made by the step's first layer and kept with the plan."""
     # Another stream might read an uploaded schedule before it has arrived.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -52,50 +52,15 @@ def _softmax_step(s, v, acc, row_max, row_sum, scale):
     ]
 )  # fmt: skip
 def _sparse_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    k_desc,
-    v_desc,
-    block_table_ptr,
-    requests_ptr,
-    items_ptr,
-    lists_ptr,
-    counts_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    first_item,
-    num_dense_items,
-    rows_per_batch,
-    scale,
-    stride_qb: tl.int64,
-    stride_qt,
-    stride_qh,
-    stride_ob: tl.int64,
-    stride_ot,
-    stride_oh,
-    stride_kp: tl.int64,
-    stride_kt,
-    stride_kg,
-    stride_vp: tl.int64,
-    stride_vt,
-    stride_vg,
-    stride_table,
-    stride_k_scale,
-    stride_v_scale,
-    NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FP8: tl.constexpr,
-    FP8_NATIVE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    BY_HEAD: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
+    k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, scale,
+    stride_qb: tl.int64, stride_qt, stride_qh, stride_ob: tl.int64, stride_ot, stride_oh,
+    stride_kp: tl.int64, stride_kt, stride_kg, stride_vp: tl.int64, stride_vt, stride_vg,
+    stride_table, stride_k_scale, stride_v_scale,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FP8_NATIVE: tl.constexpr,
+    USE_TMA: tl.constexpr, BY_HEAD: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
     work = tl.program_id(0)
     if BY_HEAD:
         # After the dense items, one KV head's query blocks after another's: they share keys in the L2 cache.
@@ -224,20 +189,19 @@ def sparse_attention(
     choices = (launch,) if launch else attention_configs(q.device, head_size)
     q_matrix = as_matrix(q)
     launch = next((c for c in choices if _fits(c, q_matrix, matrix, kv, head_size)), choices[-1])
+    tables = (kv.block_table, schedule.requests, schedule.items, lists, counts)
+    scale = softmax_scale * LOG2_E
+    constants = dict(
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // kv.num_heads,
+        HEAD_SIZE=head_size,
+        BLOCK=BLOCK_SIZE,
+        PAGE_SIZE=kv.page_size,
+        num_warps=launch.num_warps,
+    )
     if launch.gluon:
-        hopper.sparse_attention_hopper(
-            q,
-            kv,
-            schedule,
-            slab,
-            lists=lists,
-            counts=counts,
-            softmax_scale=softmax_scale,
-            out=out,
-            q_matrix=q_matrix,
-            matrix=matrix,
-            num_warps=launch.num_warps,
-        )
+        tables += (schedule.next_pair,)
+        hopper.sparse_attention_hopper(q, kv, out, slab, q_matrix, matrix, tables, scale, **constants)
         return
     use_tma = launch.tma
     tile = [launch.block_n, head_size]
@@ -248,17 +212,13 @@ def sparse_attention(
         out,
         TensorDescriptor(k, matrix.shape, matrix.strides, tile) if use_tma else None,
         TensorDescriptor(v, matrix.shape, matrix.strides, tile) if use_tma else None,
-        kv.block_table,
-        schedule.requests,
-        schedule.items,
-        lists,
-        counts,
+        *tables,
         kv.k_scale,
         kv.v_scale,
         slab.first_item,
         slab.num_dense_items,
         matrix.rows_per_batch if use_tma else 0,
-        softmax_scale * LOG2_E,
+        scale,
         *q.stride()[:3],
         *out.stride()[:3],
         *k.stride()[:3],
@@ -266,18 +226,13 @@ def sparse_attention(
         kv.table_stride,
         scale_stride(kv.k_scale),
         scale_stride(kv.v_scale),
-        NUM_HEADS=num_heads,
-        GROUP=num_heads // kv.num_heads,
-        HEAD_SIZE=head_size,
-        BLOCK=BLOCK_SIZE,
         BLOCK_N=launch.block_n,
-        PAGE_SIZE=kv.page_size,
         FP8=kv.fp8,
         FP8_NATIVE=has_e4m3_instruction(q.device),
         USE_TMA=use_tma,
         BY_HEAD=launch.by_head,
         NUM_STAGES=launch.num_stages,
-        num_warps=launch.num_warps,
+        **constants,
     )
 
 

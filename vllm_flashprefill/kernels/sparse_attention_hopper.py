@@ -31,16 +31,13 @@ from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import num_multiprocessors
 from vllm_flashprefill.kernels.descriptors import Matrix
-from vllm_flashprefill.kernels.schedule import Schedule, Slab
+from vllm_flashprefill.kernels.schedule import Slab
 from vllm_flashprefill.key_values import KeyValues
-
-LOG2_E = math.log2(math.e)
 
 # Triton 3.5 takes the default partition, the workers and their arguments apart.
 _TRITON_3_5 = gl.constexpr("default_partition" in inspect.signature(gl.warp_specialize).parameters)
 
 STAGES = gl.constexpr(2)
-
 
 # Columns of a swizzled row, 128 bytes.
 PANEL = 64
@@ -110,12 +107,15 @@ def _copy_tile(desc, rows, column, ready, buffer, BLOCK: gl.constexpr, BOX: gl.c
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-    first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch, kv_rows_per_head,
-    stride_table, shared,
+    args,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
 ):  # fmt: skip
+    (
+        q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
+        first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
+        kv_rows_per_head, stride_table, shared,
+    ) = args  # fmt: skip
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = shared
     q_bytes: gl.constexpr = 2 * q_desc.block_type.nbytes
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -189,10 +189,8 @@ def _producer(
 
 
 @gluon.jit
-def _consumer(
-    out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared,
-    HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
-):  # fmt: skip
+def _consumer(args, HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr):
+    out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared = args
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean = shared
     ROWS: gl.constexpr = BLOCK // 2
     dtype: gl.constexpr = k_buffers.dtype
@@ -311,37 +309,12 @@ def _producer_3_5(consumer_args, producer_args):
     ]
 )  # fmt: skip
 def _sparse_attention_hopper_kernel(
-    out_ptr,
-    q_desc,
-    k_desc,
-    v_desc,
-    block_table_ptr,
-    requests_ptr,
-    items_ptr,
-    lists_ptr,
-    counts_ptr,
-    next_ptr,
-    first_item,
-    num_dense_items,
-    num_pairs,
-    q_rows_per_batch,
-    q_rows_per_head,
-    kv_rows_per_batch,
-    kv_rows_per_head,
-    scale,
-    stride_ob: gl.int64,
-    stride_ot,
-    stride_oh,
-    stride_table,
-    NUM_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    HEAD_SIZE: gl.constexpr,
-    BLOCK: gl.constexpr,
-    BOX: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    Q_COLUMNS: gl.constexpr,
-    KV_COLUMNS: gl.constexpr,
-):
+    out_ptr, q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
+    first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch, kv_rows_per_head,
+    scale, stride_ob: gl.int64, stride_ot, stride_oh, stride_table,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
+    BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
+):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     q_buffers = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, HEAD_SIZE], q_desc.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_SIZE], q_desc.layout)
@@ -364,32 +337,26 @@ def _sparse_attention_hopper_kernel(
         mbarrier.init(v_free.index(n), count=2)
     fence_async_shared()
 
-    # A constant stays one only inside the call.
     # fmt: off
     shared = (q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean)
+    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared)
+    produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
+               first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
+               kv_rows_per_head, stride_table, shared)
+    # A constant stays one only inside the call.
     if _TRITON_3_5:
         gl.warp_specialize(
-            (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared,
-             gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK),
+            (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK),
             _consumer,
-            ((out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared,
-              gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK),
-             (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-              first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
-              kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE,
-              Q_COLUMNS, KV_COLUMNS)),
+            ((consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK),
+             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS)),
             (_second_consumer_3_5, _producer_3_5), [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot,
-                          stride_oh, shared, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK)),
-             (_consumer, (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot,
-                          stride_oh, shared, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK)),
-             (_producer, (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-                          next_ptr, first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head,
-                          kv_rows_per_batch, kv_rows_per_head, stride_table, shared, NUM_HEADS, GROUP, HEAD_SIZE,
-                          BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
+            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK)),
+             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK)),
+             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
             [4, 1], [240, 24],
         )
     # fmt: on
@@ -398,34 +365,31 @@ def _sparse_attention_hopper_kernel(
 def sparse_attention_hopper(
     q: torch.Tensor,
     kv: KeyValues,
-    schedule: Schedule,
-    slab: Slab,
-    *,
-    lists: torch.Tensor,
-    counts: torch.Tensor,
-    softmax_scale: float,
     out: torch.Tensor,
+    slab: Slab,
     q_matrix: Matrix,
     matrix: Matrix,
-    num_warps: int,
+    tables: tuple[torch.Tensor | None, ...],
+    scale: float,
+    **constants: int,
 ) -> None:
-    """`sparse_attention` by this kernel. q_matrix, matrix: how q, and k and v alike, lie as matrices."""
-    num_heads, head_size = q.shape[2:]
-    num_pairs = slab.num_items * num_heads
+    """`sparse_attention` by this kernel.
+
+    Args:
+        q_matrix, matrix: how q, and k and v alike, lie as matrices.
+        tables: the kernel's arguments from block_table_ptr to next_ptr.
+        scale, constants: its arguments that `_sparse_attention_kernel` has too.
+    """
+    num_pairs = slab.num_items * q.shape[2]
     layout = tile_layout(kv.k.element_size())
     box = box_rows(kv.page_size, BLOCK_SIZE)
     _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
         out,
         # A warpgroup's half of a query block.
-        TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
+        TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, q.shape[3]], layout),
         TensorDescriptor(kv.k, matrix.shape, matrix.strides, [box, PANEL], layout),
         TensorDescriptor(kv.v, matrix.shape, matrix.strides, [box, PANEL], layout),
-        kv.block_table,
-        schedule.requests,
-        schedule.items,
-        lists,
-        counts,
-        schedule.next_pair,
+        *tables,
         slab.first_item,
         slab.num_dense_items,
         num_pairs,
@@ -433,16 +397,11 @@ def sparse_attention_hopper(
         q_matrix.rows_per_head,
         matrix.rows_per_batch,
         matrix.rows_per_head,
-        softmax_scale * LOG2_E,
+        scale,
         *out.stride()[:3],
         kv.table_stride,
-        NUM_HEADS=num_heads,
-        GROUP=num_heads // kv.num_heads,
-        HEAD_SIZE=head_size,
-        BLOCK=BLOCK_SIZE,
         BOX=box,
-        PAGE_SIZE=kv.page_size,
         Q_COLUMNS=q_matrix.columns_per_head,
         KV_COLUMNS=matrix.columns_per_head,
-        num_warps=num_warps,
+        **constants,
     )

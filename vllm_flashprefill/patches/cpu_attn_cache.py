@@ -25,8 +25,7 @@ class CPUAttnCacheImplMixin(FlashPrefillImplMixin):
     """Goes before a version's CPUAttentionBackendImpl, whose class says how keys and values lie in the cache."""
 
     def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: Any) -> DenseReason | None:
-        reason = super().dense_reason(layer, kv_cache, attn_metadata)
-        if reason is not None:
+        if (reason := super().dense_reason(layer, kv_cache, attn_metadata)) is not None:
             return reason
         if attn_metadata.use_sdpa_prefill:
             return DenseReason.CPU_ARCHITECTURE

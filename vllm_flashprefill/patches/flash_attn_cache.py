@@ -22,16 +22,9 @@ class FlashAttnCacheImplMixin(FlashAttnImplMixin):
     """[2, num_pages, page_size, G, D]."""
 
     def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
-        flash_attn.reshape_and_cache_flash(
-            key,
-            value,
-            *self.paged_kv(kv_cache),
-            attn_metadata.slot_mapping,
-            self.kv_cache_dtype,
-            layer._k_scale,
-            layer._v_scale,
-        )
+        cache, slots = self.paged_kv(kv_cache), attn_metadata.slot_mapping
+        how = (self.kv_cache_dtype, layer._k_scale, layer._v_scale)
+        flash_attn.reshape_and_cache_flash(key, value, *cache, slots, *how)
 
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k_cache, v_cache = kv_cache.unbind(0)
-        return k_cache, v_cache
+        return kv_cache.unbind(0)

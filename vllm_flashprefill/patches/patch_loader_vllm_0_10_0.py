@@ -16,13 +16,10 @@ from vllm_flashprefill.patches.registration import revert
 
 __all__ = ["load", "revert"]
 
+THEIRS, OURS = "vllm.v1.attention.backends", "vllm_flashprefill.patches.vllm_0_10_0"
 CLASS_PATHS = {
-    "vllm.v1.attention.backends.cpu_attn.TorchSDPABackend": (
-        "vllm_flashprefill.patches.vllm_0_10_0_cpu.FlashPrefillCPUBackend"
-    ),
-    "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend": (
-        "vllm_flashprefill.patches.vllm_0_10_0_flash_attn.FlashPrefillFlashAttnBackend"
-    ),
+    f"{THEIRS}.cpu_attn.TorchSDPABackend": f"{OURS}_cpu.FlashPrefillCPUBackend",
+    f"{THEIRS}.flash_attn.FlashAttentionBackend": f"{OURS}_flash_attn.FlashPrefillFlashAttnBackend",
 }
 
 

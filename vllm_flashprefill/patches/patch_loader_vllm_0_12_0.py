@@ -8,18 +8,10 @@ same member as TORCH_SDPA, a name that vision layers compare with but never reso
 Can go: with support for 0.12.0.
 """
 
-from __future__ import annotations
-
-from vllm_flashprefill.patches import registration
 from vllm_flashprefill.patches.registration import revert
-from vllm_flashprefill.patches.registry import override_backends
+from vllm_flashprefill.patches.registry import loader
 
 __all__ = ["load", "revert"]
 
-
-def load() -> None:
-    """Register in this process, and in those it starts. Idempotent; importing this module calls it."""
-    registration.load(__name__, lambda: override_backends("vllm.attention", "vllm_flashprefill.patches.vllm_0_12_0"))
-
-
+load = loader(__name__, "vllm.attention")
 load()

@@ -7,18 +7,10 @@ How: ``register_backend(..., class_path=)``. CUSTOM makes ``--attention-backend 
 Can go: with support for 0.24.0.
 """
 
-from __future__ import annotations
-
-from vllm_flashprefill.patches import registration
 from vllm_flashprefill.patches.registration import revert
-from vllm_flashprefill.patches.registry import override_backends
+from vllm_flashprefill.patches.registry import loader
 
 __all__ = ["load", "revert"]
 
-
-def load() -> None:
-    """Register in this process, and in those it starts. Idempotent; importing this module calls it."""
-    registration.load(__name__, lambda: override_backends("vllm.v1.attention", "vllm_flashprefill.patches.vllm_0_24_0"))
-
-
+load = loader(__name__, "vllm.v1.attention")
 load()

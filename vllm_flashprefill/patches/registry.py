@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 
-from vllm_flashprefill.patches import undo
+from vllm_flashprefill.patches import registration, undo
 
 
 class FlashPrefillBackendMixin:
@@ -27,16 +29,23 @@ class FlashPrefillBackendMixin:
         return cls.flashprefill_builder
 
 
-def override_backends(attention: str, classes: str) -> None:
-    """Have vLLM's registry answer our classes for its CPU and FlashAttention backends, and for CUSTOM.
+def loader(module: str, attention: str) -> Callable[[], None]:
+    """The `load` of a loader: registers in this process, and in those it starts. Idempotent; its import calls it.
+
+    vLLM's registry then answers our classes for its CPU and FlashAttention backends, and for CUSTOM.
 
     Args:
+        module: the loader's name; those of our backend classes are alike, with ``_cpu`` and ``_flash_attn``.
         attention: vLLM's package with the modules ``backends.registry`` and ``selector``.
-        classes: our modules of backend classes, up to ``_cpu`` and ``_flash_attn``.
 
-    Raises:
-        RuntimeError: someone else has replaced one of them.
+    Raises (when called):
+        RuntimeError: someone else has replaced one of them; and as of `registration.load`.
     """
+    apply = functools.partial(_override_backends, attention, module.replace("patch_loader_", ""))
+    return functools.partial(registration.load, module, apply)
+
+
+def _override_backends(attention: str, classes: str) -> None:
     registry = importlib.import_module(f"{attention}.backends.registry")
     selector = importlib.import_module(f"{attention}.selector")
     flash_attn = f"{classes}_flash_attn.FlashPrefillFlashAttnBackend"

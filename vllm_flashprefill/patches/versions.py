@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 
+from packaging.version import Version
+
 logger = logging.getLogger("vllm.flashprefill")
 
 # vLLM's release to the module of its loader, which serves the releases up to the next one too.
@@ -21,8 +23,6 @@ def installed_vllm() -> str:
     Raises:
         RuntimeError: vLLM is not installed.
     """
-    from packaging.version import Version
-
     try:
         from vllm import __version__
     except ImportError as error:
@@ -36,8 +36,6 @@ def loader_for(version: str) -> str:
     Raises:
         RuntimeError: older than every loader.
     """
-    from packaging.version import Version
-
     if version in LOADERS:
         return LOADERS[version]
     tested = ", ".join(LOADERS)

@@ -35,8 +35,7 @@ class FlashPrefillCPUImpl(FlashPrefillImplMixin, TorchSDPABackendImpl):
     dense_forward_writes_kv = True
 
     def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: TorchSDPAMetadata) -> DenseReason | None:
-        reason = super().dense_reason(layer, kv_cache, attn_metadata)
-        if reason is not None:
+        if (reason := super().dense_reason(layer, kv_cache, attn_metadata)) is not None:
             return reason
         k_cache, _ = self._split(kv_cache)
         # Without intel_extension_for_pytorch the cache is packed for a decode kernel alone.
@@ -45,15 +44,9 @@ class FlashPrefillCPUImpl(FlashPrefillImplMixin, TorchSDPABackendImpl):
         return None
 
     def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
-        self.paged_attn_impl.write_to_paged_cache(
-            key,
-            value,
-            *self._split(kv_cache),
-            attn_metadata.slot_mapping,
-            self.kv_cache_dtype,
-            layer._k_scale,
-            layer._v_scale,
-        )
+        cache, slots = self._split(kv_cache), attn_metadata.slot_mapping
+        how = (self.kv_cache_dtype, layer._k_scale, layer._v_scale)
+        self.paged_attn_impl.write_to_paged_cache(key, value, *cache, slots, *how)
 
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k_cache, v_cache = self._split(kv_cache)

@@ -12,12 +12,11 @@ from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 
 class FlashPrefillCPUImpl(CPUAttnCacheImplMixin, CPUAttentionBackendImpl):
     def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
-        k_cache, v_cache = kv_cache.unbind(0)
-        ops.cpu_attn_reshape_and_cache(key, value, k_cache, v_cache, attn_metadata.slot_mapping, attn_metadata.isa)
+        cache, slots = self.split_kv(kv_cache), attn_metadata.slot_mapping
+        ops.cpu_attn_reshape_and_cache(key, value, *cache, slots, attn_metadata.isa)
 
     def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k_cache, v_cache = kv_cache.unbind(0)
-        return k_cache, v_cache
+        return kv_cache.unbind(0)
 
 
 class FlashPrefillCPUBackend(FlashPrefillBackendMixin, CPUAttentionBackend):

@@ -14,8 +14,7 @@ class FlashPrefillCPUImpl(KVWrittenBeforeMixin, CPUAttnCacheImplMixin, CPUAttent
     def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # [num_pages, G, page_size, 2 * D] in shape; in memory a head's keys of a page, then its values.
         num_pages, num_kv_heads, page_size, _ = kv_cache.shape
-        k_cache, v_cache = kv_cache.view(num_pages, num_kv_heads, 2 * page_size, -1).chunk(2, dim=2)
-        return k_cache, v_cache
+        return kv_cache.view(num_pages, num_kv_heads, 2 * page_size, -1).chunk(2, dim=2)
 
 
 class FlashPrefillCPUBackend(FlashPrefillBackendMixin, CPUAttentionBackend):

@@ -41,8 +41,7 @@ class FlashPrefillFlashAttnMetadataBuilder(FlashAttnCacheMetadataBuilder):
 class FlashPrefillFlashAttnImpl(KVWrittenBeforeMixin, FlashAttnImplMixin, FlashAttentionImpl):
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # [num_pages, 2, page_size, G, D].
-        k_cache, v_cache = kv_cache.unbind(1)
-        return k_cache, v_cache
+        return kv_cache.unbind(1)
 
 
 class FlashPrefillFlashAttnBackend(FlashPrefillBackendMixin, FlashAttentionBackend):
