@@ -25,7 +25,7 @@ demo: env model ## generate with the sparse prefill on vLLM 0.12.0's CPU engine
 test: env env-0.10 env-0.24 model ## run all tests on the CPU engines of vLLM 0.24.0, 0.12.0 and 0.10.0; compile the kernels
 	@status=0; \
 	$(VENV)/bin/python -m pytest -rs tests/cpu tests/engine || status=1; \
-	$(VENV_0_24)/bin/python -m pytest -rs tests/engine || status=1; \
+	$(VENV_0_24)/bin/python -m pytest -rs tests/engine tests/cpu/hf || status=1; \
 	$(VENV_0_10)/bin/python -m pytest -rs tests/engine || status=1; \
 	$(COMPILE) || status=1; \
 	exit $$status

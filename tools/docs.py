@@ -43,9 +43,11 @@ def table(header: str, lines: Iterable[Iterable[str]]) -> str:
 
 
 def kernels_short() -> str:
+    published = {row["tokens"]: three_digits(row["times_fa2"]) for row in kernels("0")}
+    lines = [kernel_line(row, length(row), "sparse_ms", "times_fa2", "times_cudnn") for row in kernels()]
     return table(
-        "prompt tokens | density | ms | times FlashAttention-2 | times cuDNN",
-        [kernel_line(row, length(row), "sparse_ms", "times_fa2", "times_cudnn") for row in kernels()],
+        "prompt tokens | density | ms | times FlashAttention-2 | times cuDNN | published score, times FlashAttention-2",
+        [[*line, published.get(row["tokens"], "-")] for line, row in zip(lines, kernels(), strict=True)],
     )
 
 
@@ -61,8 +63,8 @@ def kernel_line(row: Row, case: str, *numbers: str) -> list[str]:
     return [case, density(row["density"]), *(three_digits(row[name]) if row[name] else "-" for name in numbers)]
 
 
-def kernels() -> list[Row]:
-    return kernel_rows(RESULTS / "kernels.csv", GPU)
+def kernels(piece_size: str = "8") -> list[Row]:
+    return kernel_rows(RESULTS / "kernels.csv", GPU, piece_size)
 
 
 def kernel_shapes() -> str:

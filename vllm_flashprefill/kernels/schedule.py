@@ -18,7 +18,7 @@ from vllm_flashprefill.device import upload
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.plan import SparseRequest, StepPlan
 
-LIST_BYTES = 64 << 20
+LIST_BYTES = 96 << 20
 
 
 @dataclasses.dataclass(frozen=True)
