@@ -172,7 +172,11 @@ class Stages:
             return score[:-1], score.max(), torch.zeros(len(score) - 1, dtype=torch.bool, device=q.device)
         rows = self.scale * q.float()
         coarse = (rows @ blocks[:-1].mean(1).T).logsumexp(0)
-        above = coarse - coarse.max() - math.log(self.config.candidate_alpha or 1e-300)
+        above = (
+            coarse
+            - coarse.max()
+            - (math.log(self.config.candidate_alpha) if self.config.candidate_alpha else -math.inf)
+        )
         pieces = rows @ blocks[:-1].unflatten(1, (-1, self.config.piece_size)).mean(2).flatten(0, 1).T
         score = pieces.unflatten(1, (len(coarse), -1)).logsumexp((0, 2)).masked_fill(above < 0, -torch.inf)
         score = torch.exp(score - score.max())

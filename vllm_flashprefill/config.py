@@ -28,11 +28,11 @@ LONG_SEQUENCE = 512 * 1024
 MAX_INTEGER = 2**31 - 1
 
 # alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen3-30B-A3B, Qwen2.5-VL and Qwen3-VL-MoE (arXiv
-# 2603.06199), though for the score of whole blocks; qwen2's keeps with pieces what the published 0.08 keeps without, on
-# Qwen2.5-Coder-1.5B at 32,000 tokens. All of them have heads of 128.
+# 2603.06199), though for the score of whole blocks; qwen2's keeps 17 % with pieces, as the published 0.08 does without
+# (Qwen2.5-Coder-1.5B at 32,000 tokens, docs/scores.md). All of them have heads of 128.
 PRESETS: dict[str, dict[str, float]] = {
     "llama": {"alpha": 0.18},
-    "qwen2": {"alpha": 0.065},
+    "qwen2": {"alpha": 0.06},
     "qwen3_moe": {"alpha": 0.12},
     "qwen2_5_vl": {"alpha": 0.10},
     "qwen3_vl_moe": {"alpha": 0.22},
@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, float]] = {
 # A relative with another head size has a preset of its own or gets the default. The one for heads of 64 is
 # measured on SmolLM2-135M with `python -m evaluation`; see docs/accuracy.md.
 PRESETS_BY_HEAD_SIZE: dict[int, dict[str, dict[str, float]]] = {
-    64: {"llama": {"alpha": 0.005}},
+    64: {"llama": {"alpha": 0.005, "piece_size": 0}},
     128: PRESETS,
 }
 
@@ -168,7 +168,7 @@ _INTEGER_OPTIONS = {
     "num_dense_layers": 0,
     "piece_size": 0,
 }
-DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/accuracy.md)"}
+DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/scores.md)"}
 OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
 
 

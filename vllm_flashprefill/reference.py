@@ -96,7 +96,9 @@ def piece_score_ref(
         score = q.new_zeros(num_heads, blocks.shape[2], dtype=torch.float32)
         if own:
             coarse = (softmax_scale * (rows @ blocks[:, :, :own])).logsumexp(dim=1)
-            least = coarse.amax(dim=-1, keepdim=True) + math.log(config.candidate_alpha or 1e-300)
+            least = coarse.amax(dim=-1, keepdim=True) + (
+                math.log(config.candidate_alpha) if config.candidate_alpha else -math.inf
+            )
             s = (softmax_scale * (rows @ pieces[:, :, : own * num_pieces])).unflatten(2, (own, num_pieces))
             s = s.masked_fill((coarse < least)[:, None, :, None], -torch.inf)
             score[:, :own] = (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))

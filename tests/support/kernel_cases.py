@@ -156,7 +156,7 @@ def reference_select(request, part, config, scale):
     if config.piece_size:
         score, more, fewer = (
             piece_score_ref(q, k, config=dataclasses.replace(config, candidate_alpha=candidate_alpha), **arguments)
-            for candidate_alpha in (config.candidate_alpha * near for near in (1.0, 1 - TIE, 1 + TIE))
+            for candidate_alpha in (min(1.0, config.candidate_alpha * near) for near in (1.0, 1 - TIE, 1 + TIE))
         )
         candidate_tie = (more > 0) != (fewer > 0)
     else:

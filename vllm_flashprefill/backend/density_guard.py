@@ -6,6 +6,8 @@ then does follows from the requests before, so it differs between tensor-paralle
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 
 from vllm_flashprefill.config import FlashPrefillConfig
@@ -31,12 +33,14 @@ class DensityGuard:
 
     def __init__(self, arrived: np.ndarray, num_heads: int) -> None:
         self._arrived = arrived
-        self._min_visible_blocks = MIN_VISIBLE_BLOCKS * num_heads
+        self._num_heads = num_heads
         self._judged_kept = self._judged_visible = 0
-        self._dense_steps = 0
-        # Tokens of a step's longest sequence: the least of the sparse steps since the last judgement, 0 where there was
-        # none (counts that arrive then are of older steps); and the most that the dense steps may have.
-        self._sparse_len = self._dense_len = 0
+        # Of each sparse step whose counts have not been judged: blocks visible up to its end, as they will have
+        # arrived, and tokens of its longest sequence.
+        self._launched: deque[tuple[int, int]] = deque()
+        self._launched_visible = 0
+        # Steps that are still to be dense, and tokens of a sequence that they may have at most.
+        self._dense_steps = self._dense_len = 0
 
     def is_dense(self, plan: StepPlan, config: FlashPrefillConfig) -> bool:
         """Whether the layer is dense in this step, which has sparse requests; to be asked once a step."""
@@ -49,15 +53,18 @@ class DensityGuard:
             self._dense_steps -= 1
             return True
         self._dense_steps = 0
-        self._sparse_len = min(self._sparse_len or longest, longest)
+        self._launched_visible += plan.visible_blocks * self._num_heads
+        self._launched.append((self._launched_visible, longest))
         return False
 
     def _judge(self, max_density: float) -> None:
         kept, visible = self._arrived.tolist()
         new_kept, new_visible = kept - self._judged_kept, visible - self._judged_visible
-        if new_visible < self._min_visible_blocks:
+        if new_visible < MIN_VISIBLE_BLOCKS * self._num_heads:
             return
         self._judged_kept, self._judged_visible = kept, visible
-        if new_kept > max_density * new_visible:
-            self._dense_steps, self._dense_len = DENSE_STEPS, self._sparse_len
-        self._sparse_len = 0
+        lengths = []
+        while self._launched and self._launched[0][0] <= visible:
+            lengths.append(self._launched.popleft()[1])
+        if lengths and new_kept > max_density * new_visible:
+            self._dense_steps, self._dense_len = DENSE_STEPS, min(lengths)

@@ -127,6 +127,20 @@ def test_counts_that_arrive_late_are_of_older_steps():
     assert steps == [*[True] * (DENSE_STEPS - 1), False, True]
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_the_density_of_short_steps_is_not_taken_for_that_of_the_long_ones_after(lag):
+    layer, on_their_way = Layer(0.9), []
+    long = StepPlan((SparseRequest(0, 0, 2048, 64 * 1024, 128 * 1024),))
+    dense = []
+    for plan, density in [(PLAN, 0.9)] * 3 + [(long, 0.1)] * 20:
+        dense.append(layer.guard.is_dense(plan, CONFIG))
+        on_their_way += [] if dense[-1] else [(plan, density)]
+        if len(on_their_way) > lag:
+            arrived, layer.density = on_their_way.pop(0)
+            layer.arrive(arrived)
+    assert not any(dense[3:])
+
+
 class VllmImpl:
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output):
         self.dense.append(attn_metadata)

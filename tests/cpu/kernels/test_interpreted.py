@@ -75,6 +75,17 @@ def test_all_stages_interpreted(group):
 
 
 @needs_triton
+def test_pieces_of_other_sizes_interpreted():
+    cases = "\n".join(
+        f"config = sparse_config(piece_size={piece_size}, candidate_alpha={candidate_alpha})\n"
+        "batch = make_batch(config=config, page_size=16, requests=[Request(200, 441)], heads=2, kv_heads=1)\n"
+        "check_all(batch, config, 0.125)"
+        for piece_size, candidate_alpha in ((4, 0.0), (64, 1.0))
+    )
+    run_interpreted(IMPORTS + cases)
+
+
+@needs_triton
 def test_every_e4m3_code_is_read_as_what_it_stands_for():
     run_interpreted("from tests.support.kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")
 
