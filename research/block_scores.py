@@ -1,14 +1,17 @@
 """What a key block's score can be made of: estimates of the attention that a query block's rows give to it.
 
-A rule is KEYS.ROWS.HOW or KEYS.ROWS.HOW.cNN:
+A rule is KEYS.ROWS.HOW, KEYS.ROWS.HOW.cNN or KEYS.ROWS.HOW.mNN:
 
-KEYS    what is looked at of a block: `exact` every key; `pN` the mean key of each N neighbours; `kmN` the means of N
+KEYS    what is looked at of a block: `exact` every key; `pN` the mean key of each N neighbours; `topN` that of them which has the row's largest
+        logit; `kmN` the means of N
         clusters (k-means); `outN` the N keys farthest from the mean, and the mean of the others; `var` the mean key and
         the variance of each dimension.
 ROWS    rows of the query block's 128 that are looked at, the last of each 128 / ROWS.
-HOW     `pub` as published: the sum over rows, as a fraction of the largest block's. `share`: the mean over rows of
-        the share that the block has of the row's sum.
+HOW     `pub` as published: the sum over rows, as a fraction of the largest block's. `max`: the largest logit of the
+        block's keys and the rows in its place. `share`: the mean over rows of the share that the block has of the row's
+        sum.
 cNN     only blocks whose published score is at least 0.NN of the best one's.
+mNN     only the NN % of the blocks whose mean key has the largest logit with any row.
 
 `published` is the published score; `published.head` puts in its place, by head, the share of exact attention that
 blocks of that score had on a text (`HeadShares`). A new estimate joins by one function in `ESTIMATES`.
@@ -30,7 +33,7 @@ from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
 
 DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
 # KEYS that take a number.
-SIZED = ("p", "km", "out")
+SIZED = ("p", "top", "km", "out")
 # In place of a maximum of nothing: -inf less this is -inf.
 LEAST = torch.finfo(torch.float32).min
 
@@ -42,19 +45,22 @@ class Rule:
     rows: int = BLOCK_SIZE
     how: str = "pub"
     candidates: float | None = None
+    candidate_share: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Rule:
         """Raises ValueError for what is no rule."""
         if text in ("published", "published.head"):
             return cls("published", how="head" if text.endswith("head") else "pub")
-        found = re.fullmatch(r"([a-z]+)(\d*)\.(\d+)\.(pub|share)(?:\.c(\d+))?", text)
+        found = re.fullmatch(r"([a-z]+)(\d*)\.(\d+)\.(pub|max|share)(?:\.([cm])(\d+))?", text)
         if not found or found[1] not in ESTIMATES:
             raise ValueError(f"no rule: {text}")
-        rule = cls(found[1], int(found[2] or 0), int(found[3]), found[4], float(f"0.{found[5]}") if found[5] else None)
+        few = {"c": "candidates", "m": "candidate_share"}
+        limit = {few[found[5]]: float(f"0.{found[6]}")} if found[5] else {}
+        rule = cls(found[1], int(found[2] or 0), int(found[3]), found[4], **limit)
         if (rule.keys in SIZED) != (0 < rule.size < BLOCK_SIZE) or rule.rows not in DIVISORS:
             raise ValueError(f"no rule: {text}")
-        if rule.keys == "p" and rule.size not in DIVISORS:
+        if rule.keys in ("p", "top") and rule.size not in DIVISORS:
             raise ValueError(f"no rule: {text}")
         return rule
 
@@ -111,6 +117,13 @@ class Chunk:
         seen = self.earlier[:, None] & self.in_chunk[:, :, None] | self.own[:, None] & self.last_row[:, :, None]
         return fraction(logits.masked_fill_(~seen, -torch.inf).logsumexp(dim=2))
 
+    @functools.cached_property
+    def largest(self) -> torch.Tensor:
+        """[H, NQ, NK], the largest logit of a block's mean key with any row, less the best block's."""
+        logits = self.products(self.k.float().mean(dim=2), slice(None))
+        seen = self.earlier[:, None] & self.in_chunk[:, :, None]
+        return fraction(logits.masked_fill_(~seen, -torch.inf).amax(dim=2))
+
     def exact_share(self) -> torch.Tensor:
         """[H, NQ, NK]: the mean over rows of the share of a row's attention that a block has."""
         total = self.in_chunk.sum(dim=1).clamp(min=1)
@@ -146,6 +159,15 @@ def exact(chunk: Chunk, rows: slice, size: int) -> torch.Tensor:
 def pieces(chunk: Chunk, rows: slice, size: int) -> torch.Tensor:
     means = chunk.k.float().unflatten(2, (-1, size)).mean(dim=3)
     return weighted_keys(chunk, rows, means, torch.full(means.shape[:3], math.log(size), device=means.device))
+
+
+def largest_piece(chunk: Chunk, rows: slice, size: int) -> torch.Tensor:
+    means = chunk.k.float().unflatten(2, (-1, size)).mean(dim=3)
+    largest = None
+    for key in means.unbind(2):
+        logits = chunk.products(key, rows)
+        largest = logits if largest is None else torch.maximum(largest, logits, out=largest)
+    return largest
 
 
 def weighted_keys(chunk: Chunk, rows: slice, keys: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
@@ -201,6 +223,7 @@ def variance(chunk: Chunk, rows: slice, size: int) -> torch.Tensor:
 ESTIMATES: dict[str, Callable[[Chunk, slice, int], torch.Tensor]] = {
     "exact": exact,
     "p": pieces,
+    "top": largest_piece,
     "km": clusters,
     "out": outliers,
     "var": variance,
@@ -243,8 +266,13 @@ class HeadShares:
         return values.gather(1, at).view_as(score)
 
 
-def block_scores(chunk: Chunk, rule: Rule, layer: int = 0, heads: HeadShares | None = None) -> torch.Tensor:
-    """[H, NQ, NK] float32 log scores; a block before the query block's own is kept from a threshold on."""
+def block_scores(
+    chunk: Chunk, rule: Rule, layer: int = 0, heads: HeadShares | None = None, least: float | None = None
+) -> torch.Tensor:
+    """[H, NQ, NK] float32 log scores; a block before the query block's own is kept from a threshold on.
+
+    least: of a candidate's `Chunk.largest`, where the rule has a candidate_share.
+    """
     if rule.keys == "published":
         return chunk.published if rule.how == "pub" else heads.expected(chunk.published, layer)
     step = BLOCK_SIZE // rule.rows
@@ -253,7 +281,11 @@ def block_scores(chunk: Chunk, rule: Rule, layer: int = 0, heads: HeadShares | N
     seen = chunk.earlier[:, None] & chunk.in_chunk[:, rows, None]
     if rule.candidates is not None:
         seen = seen & (chunk.published >= math.log(rule.candidates))[:, :, None]
+    if least is not None:
+        seen = seen & (chunk.largest >= least)[:, :, None]
     logits = logits.masked_fill(~seen, -torch.inf)
+    if rule.how == "max":
+        return fraction(logits.amax(dim=2))
     if rule.how == "share":
         return shares(logits).logsumexp(dim=2) - math.log(rule.rows)
     return fraction(logits.logsumexp(dim=2))

@@ -46,6 +46,7 @@ class Selector:
 
     def __init__(self) -> None:
         self.rule, self.threshold, self.heads = PUBLISHED, 0.0, HeadShares()
+        self.least: float | None = None
         self.see: Callable[[Chunk, int, torch.Tensor], None] | None = None
 
     def install(self) -> None:
@@ -81,7 +82,7 @@ class Selector:
                 in_slab = torch.zeros_like(visible)
                 in_slab[at] = True
                 self.see(chunk, layer, chunk.earlier & ~always & in_slab)
-            scores = block_scores(chunk, self.rule, layer, self.heads)
+            scores = block_scores(chunk, self.rule, layer, self.heads, self.least)
             # [H, items, NK]
             kept = (((scores >= self.threshold) | always) & visible)[:, at]
             places = slot[:, None] * num_heads + heads * (blocks + 1)[:, None] + kept.cumsum(dim=-1) - 1
@@ -111,13 +112,32 @@ def request_of(row: list[int]) -> tuple[SparseRequest, int]:
     return request, row[columns.FIRST_TAIL_BLOCK]
 
 
+class Candidates:
+    """What `Chunk.largest` must be for a share of the blocks that only a score can keep, from a sample of one pass."""
+
+    RATE = 1 / 64
+
+    def __init__(self) -> None:
+        self.samples: list[torch.Tensor] = []
+
+    def see(self, chunk: Chunk, layer: int, free: torch.Tensor) -> None:
+        picked = free & (torch.rand(len(chunk.q), *free.shape, device=free.device) < self.RATE)
+        self.samples.append(chunk.largest[picked])
+
+    def least(self, share: float) -> float:
+        values = torch.cat(self.samples).sort(descending=True).values
+        return float(values[int(share * len(values))])
+
+
 class Thresholds:
     """The threshold of each rule that keeps as many blocks, from a sample of the scores of one pass."""
 
     RATE = 1 / 8
 
-    def __init__(self, selector: Selector, rules: Mapping[str, Rule]) -> None:
-        self.selector, self.rules = selector, rules
+    def __init__(
+        self, selector: Selector, rules: Mapping[str, Rule], least: Mapping[str, float] | None = None
+    ) -> None:
+        self.selector, self.rules, self.least = selector, rules, least or {}
         self.samples: dict[str, list[torch.Tensor]] = {name: [] for name in rules}
         self.free = 0
 
@@ -125,7 +145,7 @@ class Thresholds:
         self.free += int(free.sum()) * len(chunk.q)
         picked = free & (torch.rand(len(chunk.q), *free.shape, device=free.device) < self.RATE)
         for name, rule in self.rules.items():
-            scores = block_scores(chunk, rule, layer, self.selector.heads)[picked]
+            scores = block_scores(chunk, rule, layer, self.selector.heads, self.least.get(name))[picked]
             if scores.isnan().any():
                 raise RuntimeError(f"{name}: a visible block's score is NaN")
             self.samples[name].append(scores)
@@ -163,7 +183,7 @@ def task_rows(result: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
                 "estimate": rule.estimate,
                 "rows": rule.rows,
                 "rule": rule.how,
-                "candidates": rule.candidates or "",
+                "candidates": rule.candidates or (f"{rule.candidate_share:.0%}" if rule.candidate_share else ""),
                 "density": round(answers["density"], 4),
                 "task": task,
                 "n": len(here),
@@ -282,8 +302,15 @@ def main() -> None:
     if any(rule.how == "head" for rule in options.rules.values()):
         pass_over("heads", calibration_texts(tokenizer, options.length), selector.heads.see)
         selector.heads.fit()
-    thresholds = Thresholds(selector, options.rules)
-    counts = pass_over("thresholds", [sample.tokens for sample in others], thresholds.see)
+    others = [sample.tokens for sample in others]
+    shares = {name: rule.candidate_share for name, rule in options.rules.items() if rule.candidate_share}
+    candidates = Candidates()
+    if shares:
+        pass_over("candidates", others, candidates.see)
+    least = {name: candidates.least(share) for name, share in shares.items()}
+    thresholds = Thresholds(selector, options.rules, least)
+    counts = pass_over("thresholds", others, thresholds.see)
+    print("candidates:", least, flush=True)
     result["thresholds"] = thresholds.found(options.density, counts["visible_blocks"])
 
     usual = engine.job["options"]
@@ -291,7 +318,7 @@ def main() -> None:
     answer("dense")
     engine.use(usual)
     for name, rule in options.rules.items():
-        selector.rule, selector.threshold = rule, result["thresholds"][name]
+        selector.rule, selector.threshold, selector.least = rule, result["thresholds"][name], least.get(name)
         answer(name)
     print(f"answers: {options.out}")
 

@@ -23,6 +23,9 @@ from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
 LOG2_E = math.log2(math.e)
+import os
+SUM = int(os.environ.get("FP_SUM","0"))
+SUM_CANDIDATES = os.environ.get("FP_SUMC","0")=="1"
 
 
 @triton.jit
@@ -56,11 +59,13 @@ def _write_candidates(scores_row_ptr, list_ptr, query_block, threshold, BLOCK_LI
 
 @triton.jit
 def _score_pieces(
-    q, mask_rows, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
+    q, row_weights, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
     PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
+    NUM_WARPS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, BLOCK]; the largest."""
+    """Scores the listed blocks, each by the rows of q, [HEAD_SIZE, BLOCK], and its pieces; the largest score."""
     BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
+    BLOCK: tl.constexpr = q.shape[1]
     offs_dim = tl.arange(0, HEAD_SIZE)
     offs_piece = tl.arange(0, BLOCK_PIECES)
     largest = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
@@ -70,11 +75,28 @@ def _score_pieces(
         # [BLOCK_PIECES, HEAD_SIZE]
         offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
         pieces = tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :])
-        s = tl.where(mask_rows[None, :], tl.dot(pieces, q), float("-inf"))
-        # [BLOCKS, PIECES, BLOCK]
-        s = tl.reshape(s, [BLOCKS, PIECES, s.shape[1]]) * scale
-        top = tl.maximum(tl.max(tl.max(s, axis=2), axis=1), -1.0e30)
-        score = top + tl.log2(tl.sum(tl.sum(tl.exp2(s - top[:, None, None]), axis=2), axis=1))
+        if SUM == 2:
+            # [BLOCK, BLOCK_PIECES]
+            s = tl.dot(tl.trans(q), tl.trans(pieces))
+            s = tl.max(tl.reshape(s, [BLOCK, BLOCKS, PIECES]), axis=2)
+            # [BLOCK // 64, 4, 16, BLOCKS], a warp's rows apart from another's
+            s = tl.reshape(s, [BLOCK // 64, 4, 16, BLOCKS])
+            top = tl.max(tl.max(s, axis=2), axis=0)
+            e = tl.exp2(s * scale - (top * scale)[None, :, None, :])
+            e = e * tl.reshape(row_weights, [BLOCK // 64, 4, 16])[:, :, :, None]
+            e = tl.sum(tl.sum(e, axis=2), axis=0)
+            highest = tl.max(top, axis=0)
+            score = highest * scale + tl.log2(tl.sum(e * tl.exp2((top - highest[None, :]) * scale), axis=0))
+        elif SUM == 1:
+            s = tl.dot(pieces, q)
+            # [BLOCKS, PIECES, BLOCK]
+            s = tl.reshape(s, [BLOCKS, PIECES, BLOCK])
+            top = tl.max(tl.max(s, axis=2), axis=1) * scale
+            e = tl.exp2(s * scale - top[:, None, None]) * row_weights[None, None, :]
+            score = top + tl.log2(tl.sum(tl.sum(e, axis=2), axis=1))
+        else:
+            s = tl.dot(pieces, q)
+            score = tl.max(tl.reshape(tl.max(s, axis=1), [BLOCKS, PIECES]), axis=1) * scale
         largest = tl.maximum(largest, score)
         at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
         tl.store(scores_row_ptr + at, score)
@@ -115,6 +137,8 @@ def _block_select_kernel(
     BLOCK_PIECES: tl.constexpr,
     PIECE_STAGES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    SUM: tl.constexpr,
+    SUM_CANDIDATES: tl.constexpr,
 ):
     program = tl.program_id(0)
     scores_row_ptr = scores_ptr + program.to(tl.int64) * stride_scores
@@ -155,24 +179,34 @@ def _block_select_kernel(
             # [HEAD_SIZE, BLOCK]
             q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
             q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty))
-            # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
-            unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
-            for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
-                score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
-                largest = tl.maximum(largest, score)
-                tl.store(scores_row_ptr + start + offs_n, score)
-            # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far; with
-            # pieces, which are for blocks that all rows see whole, by none.
-            own_block_row = end_row - 1
-            for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
-                blocks = start + offs_n
-                mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
-                visible = (blocks < query_block)[:, None] & mask_rows[None, :]
-                if not PIECES:
-                    visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
-                score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
-                largest = tl.maximum(largest, score)
-                tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
+            if PIECES and not SUM_CANDIDATES:
+                # Blocks before the query's own are seen whole by every row, and a row twice changes no maximum.
+                for start in tl.range(0, query_block, BLOCK_N, num_stages=NUM_STAGES):
+                    # A place past the end repeats the last.
+                    blocks = tl.minimum(start + offs_n, query_block - 1)
+                    mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + blocks[:, None] * HEAD_SIZE + offs_dim[None, :]
+                    score = tl.max(tl.dot(tl.load(mean_ptrs), q), axis=1) * scale
+                    largest = tl.maximum(largest, score)
+                    tl.store(scores_row_ptr + blocks, score)
+            else:
+                # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
+                unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
+                for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
+                    score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
+                    largest = tl.maximum(largest, score)
+                    tl.store(scores_row_ptr + start + offs_n, score)
+                # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far; with
+                # pieces, which are for blocks that all rows see whole, by none.
+                own_block_row = end_row - 1
+                for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
+                    blocks = start + offs_n
+                    mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
+                    visible = (blocks < query_block)[:, None] & mask_rows[None, :]
+                    if not PIECES:
+                        visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
+                    score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
+                    largest = tl.maximum(largest, score)
+                    tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
             tl.debug_barrier()
             if PIECES:
                 num_candidates = _write_candidates(
@@ -185,8 +219,8 @@ def _block_select_kernel(
                 tl.debug_barrier()
                 piece_rows_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
                 threshold += _score_pieces(
-                    q, mask_rows, piece_rows_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
-                    PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+                    q, mask_rows.to(tl.float32), piece_rows_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates,
+                    scale, PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES, 4, SUM,
                 )  # fmt: skip
                 tl.debug_barrier()
             else:
@@ -275,6 +309,8 @@ def block_select(
         BLOCK_PIECES=launch.block_pieces,
         PIECE_STAGES=launch.piece_stages,
         NUM_STAGES=launch.num_stages,
+        SUM=SUM,
+        SUM_CANDIDATES=SUM_CANDIDATES,
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
     )
