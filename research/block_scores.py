@@ -2,10 +2,9 @@
 
 A rule is KEYS.ROWS.HOW, KEYS.ROWS.HOW.cNN or KEYS.ROWS.HOW.mNN:
 
-KEYS    what is looked at of a block: `exact` every key; `pN` the mean key of each N neighbours; `topN` that of them which has the row's largest
-        logit; `kmN` the means of N
-        clusters (k-means); `outN` the N keys farthest from the mean, and the mean of the others; `var` the mean key and
-        the variance of each dimension.
+KEYS    what is looked at of a block: `exact` every key; `pN` the mean key of each N neighbours; `topN` that of them
+        which has the row's largest logit; `kmN` the means of N clusters (k-means); `outN` the N keys farthest from the
+        mean, and the mean of the others; `var` the mean key and the variance of each dimension.
 ROWS    rows of the query block's 128 that are looked at, the last of each 128 / ROWS.
 HOW     `pub` as published: the sum over rows, as a fraction of the largest block's. `max`: the largest logit of the
         block's keys and the rows in its place. `share`: the mean over rows of the share that the block has of the row's

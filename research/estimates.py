@@ -134,9 +134,7 @@ class Thresholds:
 
     RATE = 1 / 8
 
-    def __init__(
-        self, selector: Selector, rules: Mapping[str, Rule], least: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, selector: Selector, rules: Mapping[str, Rule], least: Mapping[str, float] | None = None) -> None:
         self.selector, self.rules, self.least = selector, rules, least or {}
         self.samples: dict[str, list[torch.Tensor]] = {name: [] for name in rules}
         self.free = 0

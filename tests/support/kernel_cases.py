@@ -297,6 +297,19 @@ def check_all(batch, config, scale):
     return out
 
 
+def check_nan_queries(batch, config, scale):
+    """Queries that are not numbers, in one row of a query block: other query blocks keep what they kept."""
+    before, _ = run_select(batch, config, scale)
+    batch.q[0, 900] = torch.nan
+    after, _ = run_select(batch, config, scale)
+    block = 900 // 128
+    kept = after[0][:, block].sum(dim=-1)
+    assert (kept == config.num_sink_blocks + config.num_window_blocks).all()
+    same = before[0] == after[0]
+    same[:, block] = True
+    assert same.all()
+
+
 def nan_workspace(device, num_bytes=32 << 20):
     """A workspace in which every float is NaN and every integer -1."""
     workspace = Workspace(torch.device(device))

@@ -23,9 +23,6 @@ from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
 LOG2_E = math.log2(math.e)
-import os
-SUM = int(os.environ.get("FP_SUM","0"))
-SUM_CANDIDATES = os.environ.get("FP_SUMC","0")=="1"
 
 
 @triton.jit
@@ -39,6 +36,35 @@ def _log2_sum(s, scale):
     """s: [BLOCK_N, BLOCK], mean keys by query rows. log2 of the sum over rows of exp2(scale * s)."""
     largest = tl.maximum(tl.max(s, axis=1), -1.0e30)
     return largest * scale + tl.log2(tl.sum(tl.exp2(s * scale - (largest * scale)[:, None]), axis=1))
+
+
+@triton.jit
+def _load_means(mean_ptr, start, num_blocks, BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """[BLOCK_N, HEAD_SIZE], mean keys from block `start` on; a place past the end repeats the last."""
+    blocks = tl.minimum(start + tl.arange(0, BLOCK_N), num_blocks - 1)
+    return tl.load(mean_ptr + blocks[:, None] * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :])
+
+
+@triton.jit
+def _score_blocks(
+    q, row_weights, mean_ptr, scores_row_ptr, num_blocks, scale, HEAD_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores blocks that all rows see whole, each by its mean key and the rows of q, [HEAD_SIZE, BLOCK]; the largest.
+
+    Weights of 0 leave out the rows that repeat another.
+    """
+    largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+    # The next tile is on its way to registers while this one is worked on.
+    mean = _load_means(mean_ptr, 0, num_blocks, BLOCK_N, HEAD_SIZE)
+    for start in tl.range(0, num_blocks, BLOCK_N, num_stages=1):
+        following = _load_means(mean_ptr, start + BLOCK_N, num_blocks, BLOCK_N, HEAD_SIZE)
+        s = tl.dot(mean, q)
+        top = tl.max(s, axis=1) * scale
+        score = top + tl.log2(tl.sum(tl.exp2(s * scale - top[:, None]) * row_weights[None, :], axis=1))
+        largest = tl.maximum(largest, score)
+        tl.store(scores_row_ptr + tl.minimum(start + tl.arange(0, BLOCK_N), num_blocks - 1), score)
+        mean = following
+    return tl.max(largest, axis=0)
 
 
 @triton.jit
@@ -58,48 +84,37 @@ def _write_candidates(scores_row_ptr, list_ptr, query_block, threshold, BLOCK_LI
 
 
 @triton.jit
+def _load_pieces(piece_ptr, list_ptr, start, num_blocks, PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr,
+                 BLOCK_PIECES: tl.constexpr):  # fmt: skip
+    """[BLOCK_PIECES, HEAD_SIZE], pieces of listed blocks; a place past the end repeats the last."""
+    offs_piece = tl.arange(0, BLOCK_PIECES)
+    blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
+    offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
+    return tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :])
+
+
+@triton.jit
 def _score_pieces(
     q, row_weights, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
-    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
-    NUM_WARPS: tl.constexpr, SUM: tl.constexpr,
+    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Scores the listed blocks, each by the rows of q, [HEAD_SIZE, BLOCK], and its pieces; the largest score."""
+    """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, BLOCK]; the largest."""
     BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
-    BLOCK: tl.constexpr = q.shape[1]
-    offs_dim = tl.arange(0, HEAD_SIZE)
-    offs_piece = tl.arange(0, BLOCK_PIECES)
     largest = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
-    for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
-        # A place past the end repeats the last.
-        blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
-        # [BLOCK_PIECES, HEAD_SIZE]
-        offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
-        pieces = tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :])
-        if SUM == 2:
-            # [BLOCK, BLOCK_PIECES]
-            s = tl.dot(tl.trans(q), tl.trans(pieces))
-            s = tl.max(tl.reshape(s, [BLOCK, BLOCKS, PIECES]), axis=2)
-            # [BLOCK // 64, 4, 16, BLOCKS], a warp's rows apart from another's
-            s = tl.reshape(s, [BLOCK // 64, 4, 16, BLOCKS])
-            top = tl.max(tl.max(s, axis=2), axis=0)
-            e = tl.exp2(s * scale - (top * scale)[None, :, None, :])
-            e = e * tl.reshape(row_weights, [BLOCK // 64, 4, 16])[:, :, :, None]
-            e = tl.sum(tl.sum(e, axis=2), axis=0)
-            highest = tl.max(top, axis=0)
-            score = highest * scale + tl.log2(tl.sum(e * tl.exp2((top - highest[None, :]) * scale), axis=0))
-        elif SUM == 1:
-            s = tl.dot(pieces, q)
-            # [BLOCKS, PIECES, BLOCK]
-            s = tl.reshape(s, [BLOCKS, PIECES, BLOCK])
-            top = tl.max(tl.max(s, axis=2), axis=1) * scale
-            e = tl.exp2(s * scale - top[:, None, None]) * row_weights[None, None, :]
-            score = top + tl.log2(tl.sum(tl.sum(e, axis=2), axis=1))
-        else:
-            s = tl.dot(pieces, q)
-            score = tl.max(tl.reshape(tl.max(s, axis=1), [BLOCKS, PIECES]), axis=1) * scale
+    # The next tile is on its way to registers while this one is worked on.
+    pieces = _load_pieces(piece_ptr, list_ptr, 0, num_blocks, PIECES, HEAD_SIZE, BLOCK_PIECES)
+    for start in tl.range(0, num_blocks, BLOCKS, num_stages=1):
+        following = _load_pieces(piece_ptr, list_ptr, start + BLOCKS, num_blocks, PIECES, HEAD_SIZE, BLOCK_PIECES)
+        # [BLOCKS, PIECES, BLOCK]
+        s = tl.reshape(tl.dot(pieces, q), [BLOCKS, PIECES, q.shape[1]])
+        top = tl.max(tl.max(s, axis=2), axis=1) * scale
+        # Weights of 0 leave out the rows that repeat another.
+        terms = tl.exp2(s * scale - top[:, None, None]) * row_weights[None, None, :]
+        score = top + tl.log2(tl.sum(tl.sum(terms, axis=2), axis=1))
         largest = tl.maximum(largest, score)
         at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
         tl.store(scores_row_ptr + at, score)
+        pieces = following
     return tl.max(largest, axis=0)
 
 
@@ -135,10 +150,7 @@ def _block_select_kernel(
     NUM_WINDOW_BLOCKS: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
-    PIECE_STAGES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    SUM: tl.constexpr,
-    SUM_CANDIDATES: tl.constexpr,
 ):
     program = tl.program_id(0)
     scores_row_ptr = scores_ptr + program.to(tl.int64) * stride_scores
@@ -161,8 +173,6 @@ def _block_select_kernel(
         keep_all = keep_all | (query_block < NUM_SINK_BLOCKS + NUM_WINDOW_BLOCKS)
         keep_all = keep_all | (log2_alpha == float("-inf"))
 
-        # [BLOCK_N]
-        largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
         threshold = log2_alpha
         if not keep_all:
             first_row = tl.maximum(query_block * BLOCK - context_len, 0)
@@ -170,8 +180,6 @@ def _block_select_kernel(
             batch = tl.load(request_ptr + columns.BATCH).to(tl.int64)
             q_start_ptr = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
             mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START)
-            # [BLOCK_N, HEAD_SIZE]
-            mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
             # [BLOCK]; those outside the chunk repeat the last one inside it, and are left out of the sum.
             rows = first_row + tl.arange(0, BLOCK)
             mask_rows = rows < end_row
@@ -179,52 +187,49 @@ def _block_select_kernel(
             # [HEAD_SIZE, BLOCK]
             q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
             q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty))
-            if PIECES and not SUM_CANDIDATES:
-                # Blocks before the query's own are seen whole by every row, and a row twice changes no maximum.
-                for start in tl.range(0, query_block, BLOCK_N, num_stages=NUM_STAGES):
-                    # A place past the end repeats the last.
-                    blocks = tl.minimum(start + offs_n, query_block - 1)
-                    mean_ptrs = mean_ptr + mean_row * HEAD_SIZE + blocks[:, None] * HEAD_SIZE + offs_dim[None, :]
-                    score = tl.max(tl.dot(tl.load(mean_ptrs), q), axis=1) * scale
-                    largest = tl.maximum(largest, score)
-                    tl.store(scores_row_ptr + blocks, score)
+            mean_row_ptr = mean_ptr + mean_row * HEAD_SIZE
+            if PIECES:
+                row_weights = mask_rows.to(tl.float32)
+                most = _score_blocks(
+                    q, row_weights, mean_row_ptr, scores_row_ptr, query_block, scale, HEAD_SIZE, BLOCK_N
+                )
+                # Its own block, which not every row sees whole, needs no score: it is kept.
+                tl.store(scores_row_ptr + query_block, float("-inf"))
+                tl.debug_barrier()
+                num_candidates = _write_candidates(
+                    scores_row_ptr, lists_ptr + list_start, query_block, log2_candidate + most, BLOCK_LIST
+                )
+                tl.debug_barrier()
+                piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
+                # Queries that are not numbers have none.
+                if num_candidates > 0:
+                    threshold += _score_pieces(
+                        q, row_weights, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
+                        PIECES, HEAD_SIZE, BLOCK_PIECES,
+                    )  # fmt: skip
             else:
+                # [BLOCK_N, HEAD_SIZE]
+                mean_ptrs = mean_row_ptr + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
+                # [BLOCK_N]
+                largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
                 # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
                 unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
                 for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
                     score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
                     largest = tl.maximum(largest, score)
                     tl.store(scores_row_ptr + start + offs_n, score)
-                # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far; with
-                # pieces, which are for blocks that all rows see whole, by none.
+                # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far.
                 own_block_row = end_row - 1
                 for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
                     blocks = start + offs_n
                     mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
                     visible = (blocks < query_block)[:, None] & mask_rows[None, :]
-                    if not PIECES:
-                        visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
+                    visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
                     score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
                     largest = tl.maximum(largest, score)
                     tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
-            tl.debug_barrier()
-            if PIECES:
-                num_candidates = _write_candidates(
-                    scores_row_ptr,
-                    lists_ptr + list_start,
-                    query_block,
-                    log2_candidate + tl.max(largest, axis=0),
-                    BLOCK_LIST,
-                )
-                tl.debug_barrier()
-                piece_rows_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
-                threshold += _score_pieces(
-                    q, mask_rows.to(tl.float32), piece_rows_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates,
-                    scale, PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES, 4, SUM,
-                )  # fmt: skip
-                tl.debug_barrier()
-            else:
                 threshold += tl.max(largest, axis=0)
+            tl.debug_barrier()
 
         count = 0
         for start in range(0, query_block + 1, BLOCK_LIST):
@@ -307,10 +312,7 @@ def block_select(
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         PIECES=0 if pieces is None else pieces.shape[2],
         BLOCK_PIECES=launch.block_pieces,
-        PIECE_STAGES=launch.piece_stages,
         NUM_STAGES=launch.num_stages,
-        SUM=SUM,
-        SUM_CANDIDATES=SUM_CANDIDATES,
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
     )

@@ -86,6 +86,18 @@ def test_pieces_of_other_sizes_interpreted():
 
 
 @needs_triton
+@pytest.mark.parametrize("piece_size", [0, 8])
+def test_queries_that_are_not_numbers_interpreted(piece_size):
+    run_interpreted(
+        "from tests.support.kernel_cases import check_nan_queries, make_batch, sparse_config\n"
+        "from tests.support.request import Request\n"
+        f"config = sparse_config(alpha=0.3, piece_size={piece_size})\n"
+        "batch = make_batch(config=config, requests=[Request(1300)], heads=2, kv_heads=1)\n"
+        "check_nan_queries(batch, config, 0.125)"
+    )
+
+
+@needs_triton
 def test_every_e4m3_code_is_read_as_what_it_stands_for():
     run_interpreted("from tests.support.kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")
 

@@ -71,9 +71,11 @@ def reference_attention(module, query, key, value, attention_mask, scaling, conf
     return flash_prefill_ref(q, k, v, config=config, softmax_scale=scaling, block_counts=block_counts)[None], None
 
 
-def test_sparse_is_near_the_reference():
+@pytest.mark.parametrize("piece_size", [0, 8])
+def test_sparse_is_near_the_reference(piece_size):
     """Near, since a block at the threshold may fall to either side. One layer, so that nothing follows from that."""
-    options = dict(OPTIONS, alpha=0.4)
+    # Named, since the model's preset names it too.
+    options = dict(OPTIONS, alpha=0.4, piece_size=piece_size)
     hf.register(**options)
     ids = prompt()
     dense = logits(make_model("sdpa", layers=1), ids)

@@ -9,6 +9,7 @@ from tests.support.kernel_cases import (
     check_all,
     check_attention,
     check_e4m3_codes,
+    check_nan_queries,
     check_select,
     make_batch,
     sparse_config,
@@ -120,15 +121,31 @@ def test_slabs_change_nothing():
     assert torch.equal(check_all(batch, config, SCALE), whole)
 
 
-def test_many_mean_tiles():
+@pytest.mark.parametrize("options", [{}, {"piece_size": 8, "candidate_alpha": 0.01}], ids=str)
+def test_many_mean_tiles(options):
     """More key blocks than one tile of the list and of the scores."""
-    config = sparse_config(alpha=0.1)
+    config = sparse_config(alpha=0.1, **options)
     batch = make_batch(
         [Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config
     )
     wrong, total = check_select(batch, config, SCALE)
     check_attention(batch, config, SCALE)
     print(f"{wrong} of {total} at the threshold")
+
+
+@pytest.mark.parametrize("piece_size, candidate_alpha", [(4, 0.0), (4, 0.05), (32, 0.05), (64, 1.0)])
+def test_pieces_of_other_sizes(piece_size, candidate_alpha):
+    config = sparse_config(piece_size=piece_size, candidate_alpha=candidate_alpha)
+    for dim in (64, 128, 256):
+        batch = make_batch([Request(1500, 441), Request(2000)], page_size=16, dim=dim, device="cuda", config=config)
+        check_all(batch, config, SCALE)
+
+
+@pytest.mark.parametrize("piece_size", [0, 8])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_queries_that_are_not_numbers(piece_size, dim):
+    config = sparse_config(alpha=0.3, piece_size=piece_size)
+    check_nan_queries(make_batch([Request(2000)], dim=dim, device="cuda", config=config), config, SCALE)
 
 
 def test_large_logits():
