@@ -84,6 +84,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             "USE_TMA": getattr(config, "tma", False), "BY_HEAD": getattr(config, "by_head", False),
             "maxnreg": getattr(config, "max_registers", None),
             "BLOCK_PIECES": getattr(config, "block_pieces", None),
+            "PIECE_STAGES": getattr(config, "piece_stages", None),
         }  # fmt: skip
 
     for name, values in PIECES.items():

@@ -1,11 +1,12 @@
 """Stages 2 and 3, score and select, in one kernel: nothing of size (blocks x blocks) leaves it but the lists.
 
-A program walks over (query block, head) pairs. For each it scores the mean keys tile by tile into a row of
+A program takes one (query block, head) pair after another. For each it scores the mean keys tile by tile into a row of
 scratch that is its own, then compares them with the largest and writes the indices of the kept blocks. The score
 is held as log2 E, which has no maximum to subtract: E >= alpha * max E is log2 E >= log2 alpha + max log2 E.
 
 With pieces those are candidates only. Their indices lie in the pair's list for the time being, their pieces are scored
-by the same rows, and the blocks that are kept are written over them.
+by the same rows, and the blocks that are kept are written over them. Heads differ many times over in how many
+candidates they have, so a program asks for its next pair when it is done with one.
 """
 
 from __future__ import annotations
@@ -39,31 +40,25 @@ def _log2_sum(s, scale):
 
 
 @triton.jit
-def _load_means(mean_ptr, start, num_blocks, BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """[BLOCK_N, HEAD_SIZE], mean keys from block `start` on; a place past the end repeats the last."""
-    blocks = tl.minimum(start + tl.arange(0, BLOCK_N), num_blocks - 1)
-    return tl.load(mean_ptr + blocks[:, None] * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :])
-
-
-@triton.jit
 def _score_blocks(
-    q, row_weights, mean_ptr, scores_row_ptr, num_blocks, scale, HEAD_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, row_weights, mean_ptr, scores_row_ptr, num_blocks, scale,
+    HEAD_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores blocks that all rows see whole, each by its mean key and the rows of q, [HEAD_SIZE, BLOCK]; the largest.
 
     Weights of 0 leave out the rows that repeat another.
     """
+    offs_dim = tl.arange(0, HEAD_SIZE)
     largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
-    # The next tile is on its way to registers while this one is worked on.
-    mean = _load_means(mean_ptr, 0, num_blocks, BLOCK_N, HEAD_SIZE)
-    for start in tl.range(0, num_blocks, BLOCK_N, num_stages=1):
-        following = _load_means(mean_ptr, start + BLOCK_N, num_blocks, BLOCK_N, HEAD_SIZE)
-        s = tl.dot(mean, q)
+    for start in tl.range(0, num_blocks, BLOCK_N, num_stages=NUM_STAGES):
+        # A place past the end repeats the last.
+        blocks = tl.minimum(start + tl.arange(0, BLOCK_N), num_blocks - 1)
+        # [BLOCK_N, BLOCK]
+        s = tl.dot(tl.load(mean_ptr + blocks[:, None] * HEAD_SIZE + offs_dim[None, :]), q)
         top = tl.max(s, axis=1) * scale
         score = top + tl.log2(tl.sum(tl.exp2(s * scale - top[:, None]) * row_weights[None, :], axis=1))
         largest = tl.maximum(largest, score)
-        tl.store(scores_row_ptr + tl.minimum(start + tl.arange(0, BLOCK_N), num_blocks - 1), score)
-        mean = following
+        tl.store(scores_row_ptr + blocks, score)
     return tl.max(largest, axis=0)
 
 
@@ -84,41 +79,32 @@ def _write_candidates(scores_row_ptr, list_ptr, query_block, threshold, BLOCK_LI
 
 
 @triton.jit
-def _load_pieces(piece_ptr, list_ptr, start, num_blocks, PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr,
-                 BLOCK_PIECES: tl.constexpr):  # fmt: skip
-    """[BLOCK_PIECES, HEAD_SIZE], pieces of listed blocks; a place past the end repeats the last."""
-    offs_piece = tl.arange(0, BLOCK_PIECES)
-    blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
-    offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
-    return tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :])
-
-
-@triton.jit
 def _score_pieces(
     q, row_weights, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
-    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, BLOCK]; the largest."""
     BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
+    offs_dim = tl.arange(0, HEAD_SIZE)
+    offs_piece = tl.arange(0, BLOCK_PIECES)
     largest = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
-    # The next tile is on its way to registers while this one is worked on.
-    pieces = _load_pieces(piece_ptr, list_ptr, 0, num_blocks, PIECES, HEAD_SIZE, BLOCK_PIECES)
-    for start in tl.range(0, num_blocks, BLOCKS, num_stages=1):
-        following = _load_pieces(piece_ptr, list_ptr, start + BLOCKS, num_blocks, PIECES, HEAD_SIZE, BLOCK_PIECES)
+    for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
+        # A place past the end repeats the last.
+        blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
+        offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
+        s = tl.dot(tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :]), q)
         # [BLOCKS, PIECES, BLOCK]
-        s = tl.reshape(tl.dot(pieces, q), [BLOCKS, PIECES, q.shape[1]])
+        s = tl.reshape(s, [BLOCKS, PIECES, q.shape[1]])
         top = tl.max(tl.max(s, axis=2), axis=1) * scale
-        # Weights of 0 leave out the rows that repeat another.
         terms = tl.exp2(s * scale - top[:, None, None]) * row_weights[None, None, :]
         score = top + tl.log2(tl.sum(tl.sum(terms, axis=2), axis=1))
         largest = tl.maximum(largest, score)
         at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
         tl.store(scores_row_ptr + at, score)
-        pieces = following
     return tl.max(largest, axis=0)
 
 
-@triton.jit(do_not_specialize=["num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores"])
+@triton.jit(do_not_specialize=["next_ptr", "num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores"])
 def _block_select_kernel(
     q_ptr,
     mean_ptr,
@@ -129,6 +115,7 @@ def _block_select_kernel(
     counts_ptr,
     scores_ptr,
     block_counts_ptr,
+    next_ptr,
     num_work,
     first_item,
     num_visible: tl.int64,
@@ -151,6 +138,7 @@ def _block_select_kernel(
     PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PIECE_STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     scores_row_ptr = scores_ptr + program.to(tl.int64) * stride_scores
@@ -160,7 +148,8 @@ def _block_select_kernel(
     if block_counts_ptr is not None:
         if program == 0:
             tl.atomic_add(block_counts_ptr + 1, num_visible, sem="relaxed")
-    for work in range(program, num_work, tl.num_programs(0)):
+    work = program
+    while work < num_work:
         head = work % NUM_HEADS
         item_ptr = items_ptr + (first_item + work // NUM_HEADS) * columns.ITEM_COLUMNS
         request_ptr = requests_ptr + tl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
@@ -191,7 +180,7 @@ def _block_select_kernel(
             if PIECES:
                 row_weights = mask_rows.to(tl.float32)
                 most = _score_blocks(
-                    q, row_weights, mean_row_ptr, scores_row_ptr, query_block, scale, HEAD_SIZE, BLOCK_N
+                    q, row_weights, mean_row_ptr, scores_row_ptr, query_block, scale, HEAD_SIZE, BLOCK_N, NUM_STAGES
                 )
                 # Its own block, which not every row sees whole, needs no score: it is kept.
                 tl.store(scores_row_ptr + query_block, float("-inf"))
@@ -201,11 +190,11 @@ def _block_select_kernel(
                 )
                 tl.debug_barrier()
                 piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
-                # Queries that are not numbers have none.
+                # There are none where no score is a number.
                 if num_candidates > 0:
                     threshold += _score_pieces(
                         q, row_weights, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
-                        PIECES, HEAD_SIZE, BLOCK_PIECES,
+                        PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
                     )  # fmt: skip
             else:
                 # [BLOCK_N, HEAD_SIZE]
@@ -247,6 +236,11 @@ def _block_select_kernel(
             tl.atomic_add(block_counts_ptr, count.to(tl.int64), sem="relaxed")
         # The next pair writes over these scores.
         tl.debug_barrier()
+        # Every program asks once in vain; the last to ask leaves the counter as it found it.
+        asked = tl.atomic_add(next_ptr, 1, sem="relaxed")
+        if asked == num_work - 1:
+            tl.store(next_ptr, 0)
+        work = asked + tl.num_programs(0)
 
 
 def block_select(
@@ -293,6 +287,7 @@ def block_select(
         counts,
         scores,
         block_counts,
+        schedule.next_pair,
         num_work,
         slab.first_item,
         slab.list_slots * num_heads,
@@ -313,6 +308,7 @@ def block_select(
         PIECES=0 if pieces is None else pieces.shape[2],
         BLOCK_PIECES=launch.block_pieces,
         NUM_STAGES=launch.num_stages,
+        PIECE_STAGES=launch.piece_stages,
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
     )

@@ -34,8 +34,9 @@ class SelectConfig:
     Attributes:
         block_n: mean keys per tile.
         max_registers: of a thread, so that programs_per_sm programs fit; None for no limit.
-        num_stages: tiles on their way at once, where blocks are scored whole.
+        num_stages: tiles on their way at once.
         block_pieces: mean keys of pieces per tile; at least 32, the most pieces a block has.
+        piece_stages: tiles of them on their way at once.
     """
 
     block_n: int
@@ -44,6 +45,7 @@ class SelectConfig:
     programs_per_sm: int
     max_registers: int | None = None
     block_pieces: int = 64
+    piece_stages: int = 1
 
 
 # (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
@@ -87,8 +89,8 @@ SELECT = {
 
 # With pieces, where other than without.
 SELECT_PIECES = {
-    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128),
-    ("hopper", 128): SelectConfig(64, 4, 1, 3, max_registers=168),
+    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128, piece_stages=3),
+    ("hopper", 128): SelectConfig(64, 4, 2, 3, max_registers=168, piece_stages=3),
 }
 
 
