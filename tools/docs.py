@@ -64,7 +64,8 @@ def kernel_line(row: Row, case: str, *numbers: str) -> list[str]:
 
 
 def kernels(piece_size: str = "8") -> list[Row]:
-    return kernel_rows(RESULTS / "kernels.csv", GPU, piece_size)
+    gpu = plot.KERNELS_GPU if piece_size == "8" else GPU
+    return kernel_rows(RESULTS / "kernels.csv", gpu, piece_size)
 
 
 def kernel_shapes() -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from tools.rows import RESULTS, Row, kernel_rows, length_name, ttft_rows
 
 GPU = "NVIDIA H100 80GB HBM3"
+# Of the rows with pieces.
+KERNELS_GPU = "NVIDIA H200"
 # What a PNG calls the hash of what it was drawn from, and how.
 KEY = "rows"
 
@@ -69,7 +71,7 @@ def draw_ttft(axes, chunks: dict[int, list[Row]]) -> None:
 
 
 PLOTS = {
-    "docs/kernels.png": (draw_kernels, lambda: kernel_rows(RESULTS / "kernels.csv", GPU)),
+    "docs/kernels.png": (draw_kernels, lambda: kernel_rows(RESULTS / "kernels.csv", KERNELS_GPU)),
     "docs/ttft.png": (draw_ttft, lambda: ttft_rows(RESULTS / "vllm.csv", GPU, "0.24.0", "llama-8b, 32 layers")),
 }
 
