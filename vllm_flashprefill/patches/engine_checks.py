@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 from vllm_flashprefill.backend.engine_routing import engine_dense_reason
 from vllm_flashprefill.config import ENV_ENABLE, FlashPrefillConfig
+from vllm_flashprefill.counters import of_parents_engine
 from vllm_flashprefill.patches import undo
 
 logger = logging.getLogger("vllm.flashprefill")
@@ -76,7 +76,7 @@ def _warn_if_nothing_is_pruned(vllm_config: Any, config: FlashPrefillConfig) -> 
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     reason = engine_dense_reason(vllm_config, config, backend, capability)
     # One of several API servers configures again the engine that its parent has.
-    if reason is not None and not multiprocessing.current_process().name.startswith("ApiServer_"):
+    if reason is not None and not of_parents_engine():
         logger.warning("FlashPrefill prunes nothing in this engine: %s", reason)
 
 

@@ -1,6 +1,7 @@
 """What is said when an engine is configured, before a model loads."""
 
 import json
+import multiprocessing
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_an_engine_that_can_prune_nothing_warns_once(engine, says, configure):
 
 
 def test_one_of_several_api_servers_leaves_the_warning_to_their_parent(configure, monkeypatch):
-    monkeypatch.setattr(engine_checks.multiprocessing.current_process(), "name", "ApiServer_1")
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "ApiServer_1")
     assert configure(max_model_len=2048) == []
 
 
