@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from vllm_flashprefill.backend.layer_routing import PLAIN_CACHE_DTYPES
-from vllm_flashprefill.checks import DTYPES, HEAD_SIZES
+from vllm_flashprefill.checks import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
@@ -59,6 +59,11 @@ def _cache_reason(cache: Any) -> str | None:
     cache_dtype = getattr(cache, "cache_dtype", "auto")
     if cache_dtype not in PLAIN_CACHE_DTYPES and not getattr(cache, "kv_cache_dtype_skip_layers", None):
         return f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, or float16"
+    page_size = getattr(cache, "block_size", None)
+    if isinstance(page_size, int) and page_size % PAGE_SIZE_MULTIPLE:
+        return (
+            f"pages of the KV cache are of {page_size} tokens; ask for a --block-size that {PAGE_SIZE_MULTIPLE} divides"
+        )
     return None
 
 
@@ -86,11 +91,11 @@ def _gpu_reason(model: Any) -> str | None:
 
 def _layers_reason(model: Any, cache: Any, config: FlashPrefillConfig) -> str | None:
     text = getattr(model, "hf_text_config", None)
-    if getattr(text, "attn_logit_softcapping", None):
+    if _said(text, "attn_logit_softcapping"):
         return "every layer caps its logits; only another model would be pruned"
-    if getattr(text, "model_type", None) == "gpt_oss":
+    if _said(text, "model_type") == "gpt_oss":
         return "every layer has attention sinks; only another model would be pruned"
-    if getattr(text, "alibi", None) is True or getattr(text, "model_type", None) == "bloom":
+    if _said(text, "alibi") is True or _said(text, "model_type") == "bloom":
         return "every layer has ALiBi; only another model would be pruned"
     window = getattr(cache, "sliding_window", None)
     if window is not None:
@@ -99,12 +104,12 @@ def _layers_reason(model: Any, cache: Any, config: FlashPrefillConfig) -> str | 
             f"every layer has a sliding window of {window} tokens; --disable-sliding-window makes them plain, for "
             "sequences of no more tokens"
         )
-    kinds, num_layers = getattr(text, "layer_types", None), getattr(text, "num_hidden_layers", None)
+    kinds, num_layers = _said(text, "layer_types"), _said(text, "num_hidden_layers")
     if not isinstance(num_layers, int) or num_layers < 1:
         return None
     kinds = kinds if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers else ["full_attention"] * num_layers
     # vLLM 0.10.0 calls it so where not every layer has one.
-    windows = any(getattr(text, name, None) for name in ("sliding_window", "interleaved_sliding_window"))
+    windows = any(_said(text, name) for name in ("sliding_window", "interleaved_sliding_window"))
     never = {"linear_attention", "sliding_attention"} if windows else {"linear_attention"}
     able = [index for index, kind in enumerate(kinds) if kind not in never]
     if not able:
@@ -112,6 +117,14 @@ def _layers_reason(model: Any, cache: Any, config: FlashPrefillConfig) -> str | 
     if able[-1] < config.num_dense_layers:
         return f"num_dense_layers is {config.num_dense_layers}; at most {able[-1]} leaves a layer to prune"
     return None
+
+
+def _said(config: Any, name: str) -> Any:
+    """What a model's config says; None where it does not, or not without a layer's number."""
+    try:
+        return getattr(config, name)
+    except Exception:
+        return None
 
 
 def _length_reason(model: Any, config: FlashPrefillConfig) -> str | None:

@@ -49,7 +49,7 @@ GEMMA = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding
     "engine",
     [
         {"backend": "FLASH_ATTN", "capability": (10, 0)},
-        {"cache": {"cache_dtype": "bfloat16"}},
+        {"cache": {"cache_dtype": "bfloat16", "block_size": 48}},
         {"cache": {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}},
         {"hf": GEMMA},
         {"hf": {**GEMMA, "layer_types": ["sliding_attention"] * LAYERS, "sliding_window": None}},
@@ -76,6 +76,10 @@ def test_where_something_can_be_pruned_there_is_no_warning(engine):
         ({"backend": "FLASHINFER"}, "FLASHINFER was asked for; ask for FLASH_ATTN"),
         ({"capability": (10, 0)}, "prefers FlashInfer on this GPU; ask for FLASH_ATTN"),
         ({"cache": {"cache_dtype": "fp8"}}, "the KV cache is fp8; ask for --kv-cache-dtype bfloat16"),
+        (
+            {"cache": {"block_size": 24}},
+            "pages of the KV cache are of 24 tokens; ask for a --block-size that 16 divides",
+        ),
         ({"parallel": {"decode_context_parallel_size": 2}}, "leave out --decode-context-parallel-size"),
         ({"dtype": torch.float32}, "ask for --dtype bfloat16"),
         ({"head_size": 96}, "heads of 64, 128, 256, and this model's are of 96"),
@@ -105,6 +109,18 @@ def test_where_something_can_be_pruned_there_is_no_warning(engine):
 )
 def test_what_leaves_nothing_to_prune_is_said_with_what_to_change(engine, says):
     assert says in reason(**engine)
+
+
+class PerLayerConfig:
+    """Says what it is asked by layer, and raises where it is asked for the model."""
+
+    def __getattribute__(self, name):
+        raise ValueError("ask for a layer's")
+
+
+def test_a_config_that_is_not_understood_is_no_reason():
+    assert reason(hf_text_config=PerLayerConfig()) is None
+    assert reason(hf_text_config=None) is None
 
 
 def test_what_does_not_depend_on_the_batch_cannot_be_pruned(monkeypatch):
