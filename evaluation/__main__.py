@@ -30,6 +30,7 @@ from typing import Any
 
 from evaluation import readers, report
 from evaluation.engine import FIXED_OPTIONS
+from evaluation.prompts import encode
 from evaluation.tasks import TASKS, Maker, Sample, bos_tokens, make_samples
 from evaluation.text import Stream, code
 from scripts.generate import MODEL, documentation
@@ -40,40 +41,45 @@ ENGINE = Path(__file__).with_name("engine.py")
 
 
 def data_samples(
-    tokenizer: Any, options: argparse.Namespace, max_length: int
+    tokenizer: Any, records: list[tuple[str, readers.Record]], options: argparse.Namespace, max_length: int
 ) -> tuple[list[Sample], dict[str, int], dict[str, int]]:
-    """The prompts of local data sets; how many of each task were too long and left out, and how many were cut."""
+    """The prompts of records, each with its file's name; how many of each task were left out, and how many were cut."""
     samples, left_out, cut = [], {}, {}
-    for path in options.data:
-        for record in readers.read(path, options.limit):
-            prompt, encode_bos = record.prompt, True
-            if options.chat:
-                turn = [{"role": "user", "content": prompt}]
-                prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-                encode_bos = False
-            tokens = tokenizer.encode(prompt + record.answer_prefix, add_special_tokens=encode_bos)
-            room = max_length - record.max_tokens
-            if len(tokens) > room and not record.cut:
-                left_out[record.task] = left_out.get(record.task, 0) + 1
-                continue
-            if len(tokens) > room:
-                cut[record.task] = cut.get(record.task, 0) + 1
-            tokens = readers.cut_middle(tokens, room)
-            length = next((length for length in sorted(options.lengths) if len(tokens) <= length), max_length)
-            samples.append(
-                Sample(
-                    record.task,
-                    length,
-                    None,
-                    tokens,
-                    record.expected,
-                    record.metric,
-                    record.max_tokens,
-                    f"{path.name}/{len(samples)}",
-                    record.classes,
-                )
+    for name, record in records:
+        tokens = encode(tokenizer, record, options.chat)
+        room = max_length - record.max_tokens
+        if len(tokens) > room and (room < 1 or not record.cut):
+            left_out[record.task] = left_out.get(record.task, 0) + 1
+            continue
+        if len(tokens) > room:
+            cut[record.task] = cut.get(record.task, 0) + 1
+        tokens = readers.cut_middle(tokens, room)
+        length = next((length for length in sorted(options.lengths) if len(tokens) <= length), max_length)
+        samples.append(
+            Sample(
+                record.task,
+                length,
+                None,
+                tokens,
+                record.expected,
+                record.metric,
+                record.max_tokens,
+                f"{name}/{len(samples)}",
+                record.classes,
             )
+        )
     return samples, left_out, cut
+
+
+def read_data(options: argparse.Namespace) -> tuple[list[tuple[str, readers.Record]], dict[str, list[str]]]:
+    """The records of --data, each with its path's name, and the tasks without a metric, each with its files."""
+    records, without_metric = [], {}
+    for path in options.data:
+        found, without = readers.read(path, options.limit)
+        records += [(path.name, record) for record in found]
+        for task, files in without.items():
+            without_metric.setdefault(task, []).extend(files)
+    return records, without_metric
 
 
 def make_texts(maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -220,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=2, help="texts of each length to predict (default: %(default)s)")
     parser.add_argument("--predict-last", type=int, default=1024, help="tokens of a text (default: %(default)s)")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="JSONL files or folders, instead of the tasks")
-    parser.add_argument("--limit", type=int, default=20, help="records of each file (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=20, help="records of each task in a file (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
     parser.add_argument(
         "--alpha",
@@ -288,6 +294,15 @@ def main() -> None:
         return
     if options.model == str(MODEL) and not MODEL.exists():
         sys.exit("error: the model is not there yet; run `make demo`, or scripts/fetch_model.py first")
+    try:
+        records, without_metric = read_data(options)
+    except readers.BadData as error:
+        sys.exit(f"error: {error}")
+    if without_metric:
+        named = [f"{task} ({', '.join(files)})" for task, files in without_metric.items()]
+        print(f"no metric here, left out: {'; '.join(named)}")
+        if not records:
+            sys.exit("error: there is nothing to run")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
@@ -295,13 +310,13 @@ def main() -> None:
     max_length, left_out, cut = max(options.lengths), {}, {}
     try:
         if options.data:
-            samples, left_out, cut = data_samples(tokenizer, options, max_length)
+            samples, left_out, cut = data_samples(tokenizer, records, options, max_length)
             texts = []
         else:
             maker = Maker(tokenizer, chat=options.chat)
             samples = make_samples(maker, options.tasks, options.lengths, options.samples, options.seed)
             texts = make_texts(maker, options)
-    except (readers.Unsupported, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     if left_out:
         print(f"longer than {max_length} tokens with their answers, left out: {left_out}")
@@ -344,6 +359,7 @@ def main() -> None:
         "seed": options.seed,
         "batched_tokens": options.batched_tokens,
         "target_density": options.target_density,
+        "without_metric": without_metric,
         "left_out": left_out,
         "cut": cut,
         "settings": {setting["name"]: setting["config"] for setting in settings},

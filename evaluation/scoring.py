@@ -61,9 +61,12 @@ def classification(answer: str, expected: Sequence[str], classes: Sequence[str])
     return max(map(against, expected))
 
 
+PARAGRAPH = re.compile(r"Paragraph (\d+)")
+
+
 def retrieval(answer: str, expected: Sequence[str]) -> float:
     """LongBench: the share of the answer's numbers that are the expected paragraph's."""
-    return count(answer, [re.findall(r"Paragraph (\d+)", text)[0] for text in expected])
+    return count(answer, [PARAGRAPH.findall(text)[0] for text in expected])
 
 
 def count(answer: str, expected: Sequence[str]) -> float:
@@ -113,6 +116,29 @@ METRICS = {
         choice,
     )
 }
+
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
+
+def unusable(metric: str, expected: Sequence[str], classes: Sequence[str] = ()) -> str | None:
+    """Why no answer can be scored against these expected ones, None where it can."""
+    if not expected:
+        return "no answer is expected"
+    # What every answer holds says nothing, nor does an answer that none can equal.
+    every = metric.startswith("string_match")
+    if (any if every else all)(not text.strip() for text in expected):
+        return "an expected answer is empty"
+    for text in expected:
+        if metric == "retrieval" and not PARAGRAPH.search(text):
+            return f'{text!r} has no "Paragraph" with its number'
+        if metric == "count" and not text.isdecimal():
+            return f"{text!r} is no count"
+        if metric == "classification" and text not in classes:
+            return f"{text!r} is none of the classes"
+    if metric == "first_number" and not NUMBER.fullmatch(expected[0]):
+        return f"{expected[0]!r} is no number"
+    return None
 
 
 def score(metric: str, answer: str, expected: Sequence[str], classes: Sequence[str] = ()) -> float:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from evaluation.prompts import turn_around
 from evaluation.text import Stream, prose
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -68,10 +69,8 @@ def chat_turn(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: the tokenizer has no template.
     """
-    said = "What a user says."
-    turn = [{"role": "user", "content": said}]
-    before, after = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False).split(said)
-    return tuple(tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+    before, after = (tokenizer.encode(part, add_special_tokens=False) for part in turn_around(tokenizer))
+    return before, after
 
 
 class Maker:

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ import torch
 from tqdm import tqdm
 
 from vllm_flashprefill.config import ADDITIONAL_CONFIG_KEY, FlashPrefillConfig
-from vllm_flashprefill.real_model import Attention, encode_text, load_model
+from vllm_flashprefill.real_model import Attention, encode_text, load_tokenizer, load_weights, open_text
 
 # Alphas searched, from keeping next to everything to next to nothing.
 RANGE = (1e-5, 1.0)
 # How far a density may be from the target, and how far a loss may fall short of it, as shares of the target.
 DENSITY_TOLERANCE, LOSS_SHORT = 0.01, 0.1
+# Parts of the first pass from which its time is known, and seconds between two lines where there is no bar.
+TIMED_PARTS, LINE_SECONDS = 3, 20
 BAR = "{percentage:3.0f}% {bar} {elapsed}, at most {remaining} more"
 
 
@@ -55,8 +58,9 @@ class Text:
 
     def __init__(self, model: str, text: str, length: int, *, start: int = 0, last: int, end: int, device: str) -> None:
         self.attention = Attention()
-        self.model, tokenizer = load_model(model, self.attention, device)
-        tokens = encode_text(tokenizer, text, length, start)
+        # First what says whether the text is long enough.
+        tokens = encode_text(load_tokenizer(model), text, length, start)
+        self.model = load_weights(model, self.attention, device)
         self.tokens = torch.tensor([tokens], device=device)
         # The logits at one position are of the next token.
         self.judged = torch.arange(end - last - 1, end - 1, device=device)
@@ -65,7 +69,7 @@ class Text:
         self.parts = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
         self.dense: torch.Tensor | None = None
 
-    def measure(self, config: FlashPrefillConfig | None, bar: tqdm | None = None) -> Result:
+    def measure(self, config: FlashPrefillConfig | None, bar: Progress | None = None) -> Result:
         """What the model makes of the text with a config, None for dense attention, which has to come first."""
         self.attention.use(config)
 
@@ -128,6 +132,46 @@ def search(
     return best
 
 
+class Progress:
+    """How far the passes are: a bar on a terminal. On the CPU also how long they will take, and without a terminal a
+    line now and then.
+
+    Args:
+        passes: how many there will be at most. parts: parts of the model that each of them goes through.
+    """
+
+    def __init__(self, passes: int, parts: int, device: str) -> None:
+        self.passes, self.parts, self.on_cpu, self.done = passes, parts, torch.device(device).type == "cpu", 0
+        self.bar = tqdm(total=passes * parts, bar_format=BAR, disable=None)
+        self.first_at = self.said_at = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def update(self) -> None:
+        """One part more is done."""
+        self.bar.update()
+        self.done += 1
+        if not self.on_cpu:
+            return
+        now = time.monotonic()
+        if self.done == 1:
+            self.first_at = now
+        elif self.done == TIMED_PARTS:
+            one = (now - self.first_at) / (TIMED_PARTS - 1) * self.parts
+            times = tqdm.format_interval(one), tqdm.format_interval(one * self.passes)
+            say(f"on the CPU: a pass takes about {times[0]}, all {self.passes} at most {times[1]}")
+        elif self.bar.disable and now - self.said_at >= LINE_SECONDS:
+            left = (now - self.first_at) / (self.done - 1) * (self.passes * self.parts - self.done)
+            say(f"pass {-(-self.done // self.parts)} of {self.passes}: at most {tqdm.format_interval(left)} more")
+        else:
+            return
+        self.said_at = now
+
+
 def say(line: str) -> None:
     """Print a line above the bar, at once where the output is a file too."""
     tqdm.write(line)
@@ -170,9 +214,15 @@ def main() -> None:
     if end <= options.last:
         parser.error(f"only {end} tokens come before the dense tail, fewer than --last {options.last} and one")
 
+    try:
+        open_text(options.text).close()
+    except OSError as error:
+        parser.error(f"--text {options.text}: {error.strerror}")
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: there is no such folder")
     wanted = {name: getattr(options, name) for name in ("model", "text", "length", "start", "last", "device")}
     text = Text(**wanted, end=end)
-    with tqdm(total=(options.passes + 1) * len(text.parts), bar_format=BAR, disable=None) as bar:
+    with Progress(options.passes + 1, len(text.parts), options.device) as bar:
 
         def measure(value: float) -> Result:
             result = text.measure(dataclasses.replace(config, alpha=value), bar)

@@ -148,6 +148,8 @@ class FlashPrefillConfig:
         """
         preset = _preset(vllm_config)
         additional = getattr(vllm_config, "additional_config", None) or {}
+        if isinstance(additional, Mapping):
+            _check_additional_keys(additional)
         options = additional.get(ADDITIONAL_CONFIG_KEY, {}) if isinstance(additional, Mapping) else {}
         if not isinstance(options, Mapping):
             raise ValueError(
@@ -258,6 +260,20 @@ def _preset(vllm_config: Any) -> Mapping[str, Any]:
     except Exception:
         # A model's config may hold anything, code of its author included.
         return {}
+
+
+def _check_additional_keys(additional: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key next to ours, or an option of ours outside it; others are other plugins'."""
+    right = f'additional_config takes these options as {{"{ADDITIONAL_CONFIG_KEY}": {{...}}}}'
+    for key in additional:
+        if key == ADDITIONAL_CONFIG_KEY:
+            continue
+        plain = re.sub("[^a-z]", "", str(key).lower())
+        if ADDITIONAL_CONFIG_KEY in plain or difflib.get_close_matches(plain, [ADDITIONAL_CONFIG_KEY], cutoff=0.85):
+            raise ValueError(f"flashprefill: unknown key {key!r}; did you mean {ADDITIONAL_CONFIG_KEY!r}? {right}")
+        # Another plugin may well have an alpha or a block_size.
+        if "_" in str(key) and key in OPTIONS and key != "block_size":
+            raise ValueError(f"flashprefill: {key!r} is outside {ADDITIONAL_CONFIG_KEY!r}; {right}")
 
 
 def _is_number(value: Any) -> bool:

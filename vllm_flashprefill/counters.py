@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import logging
 import multiprocessing.util
 import os
@@ -89,11 +90,11 @@ class StatsRecorder:
         self._lock = threading.Lock()
         directory = os.environ.get(ENV_STATS_DIR)
         self._counters: np.ndarray | None = None
-        trouble: str | OSError | None = None
+        trouble: str | Exception | None = None
         if directory:
             try:
                 self._counters = _mapped_counters(Path(directory) / f"{os.getpid()}.f64")
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 trouble = error
         elif multiprocessing.parent_process() is not None:
             trouble = f"{ENV_STATS_DIR} was not set when it was started"
@@ -155,42 +156,61 @@ def read_stats() -> Stats:
     """The sum over all processes of this one's engines, since the first of them was started."""
     total = np.zeros(_NUM_COUNTERS)
     directory = os.environ.get(ENV_STATS_DIR)
-    if directory:
-        for path in Path(directory).glob("*.f64"):
-            with contextlib.suppress(OSError):
-                counters = np.fromfile(path, dtype=np.float64)
-                if counters.shape == total.shape:
-                    total += counters
+    for path in _files(directory) if directory else ():
+        # What goes meanwhile is a server's that has ended.
+        with contextlib.suppress(OSError):
+            counters = path.read_bytes()
+            if len(counters) == total.nbytes:
+                total += np.frombuffer(counters)
     if _recorder is not None and not _recorder.is_shared:
         total += _recorder._counters
     return _to_stats(total)
 
 
+def _files(directory: str) -> list[Path]:
+    try:
+        return [Path(directory, name) for name in os.listdir(directory) if name.endswith(".f64")]
+    except OSError:
+        return []
+
+
 # (process, folder) that `share_stats` made last.
 _made: tuple[int, str] | None = None
+# How vLLM names the processes that belong to an engine of the one that starts them by multiprocessing.
+OF_PARENTS_ENGINE = ("ApiServer_", "EngineCore", "VllmWorker", "VLLM_DP_Coordinator")
 
 
 def share_stats() -> None:
     """Have a folder for the counters of an engine that this process is about to start; it goes when this process ends.
 
-    A folder that this process made is kept, and so is one of the process that started this one by multiprocessing, as
-    vLLM starts its API servers. Any other in the environment is another server's, or a launcher's that may have ended.
+    A folder that this process made is kept, and so is that of the parent of one of vLLM's own processes, such as its
+    API servers. Any other in the environment is another server's, or a launcher's that may have ended.
     """
     global _made
     directory = os.environ.get(ENV_STATS_DIR)
-    is_ours = _made == (os.getpid(), directory) or multiprocessing.parent_process() is not None
+    is_ours = _made == (os.getpid(), directory) or of_parents_engine()
     if directory and is_ours and os.path.isdir(directory):
         return
     os.environ.pop(ENV_STATS_DIR, None)
     try:
         directory = tempfile.mkdtemp(prefix="flashprefill-stats-")
     except OSError as error:
-        logger.warning("FlashPrefill: no folder for counters (%s); what other processes count is in their logs", error)
+        _warn_no_folder(str(error))
         return
     os.environ[ENV_STATS_DIR] = directory
     _made = os.getpid(), directory
     # Of this process alone, after its children. A forked multiprocessing child ends without what atexit was given.
     multiprocessing.util.Finalize(None, shutil.rmtree, (directory, True), exitpriority=-100)
+
+
+@functools.cache
+def _warn_no_folder(error: str) -> None:
+    logger.warning("FlashPrefill: no folder for counters (%s); what other processes count is in their logs", error)
+
+
+def of_parents_engine() -> bool:
+    """Whether this process is one that vLLM has started for its parent's engine."""
+    return multiprocessing.current_process().name.startswith(OF_PARENTS_ENGINE)
 
 
 def unshare_stats() -> None:
@@ -203,7 +223,7 @@ def _mapped_counters(path: Path) -> np.ndarray:
     """Counters in a file; those of a process that is gone and had this one's number are part of the sum and go on.
 
     Raises:
-        OSError: there is no such folder, no room in it, or no writing to it.
+        OSError, ValueError: there is no such folder, no room in it, no writing to it, or no mapping of its files.
     """
     num_bytes = 8 * _NUM_COUNTERS
     if not path.exists() or path.stat().st_size != num_bytes:

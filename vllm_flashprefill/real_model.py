@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import io
 import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -18,6 +19,8 @@ from vllm_flashprefill.config import FlashPrefillConfig
 CODE = ("zipfile", "tarfile", "subprocess")
 # Lines of the source are read from here on, so that a text does not begin with a licence.
 FIRST_LINE = 60
+# Tokens at the end of a text that may be others where it goes on.
+UNSETTLED = 32
 
 
 def source_of(module: str) -> str:
@@ -34,24 +37,43 @@ def source_of(module: str) -> str:
 
 
 def read_text(name: str) -> str:
-    """A file's text, or one of Python's library: "docs", what modules say of themselves, or "code", their source."""
+    """All of `open_text`."""
+    with open_text(name) as text:
+        return text.read()
+
+
+def open_text(name: str) -> TextIO:
+    """A file, or a text of Python's library: "docs", what modules say of themselves, or "code", their source.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
     if name not in ("docs", "code"):
-        return Path(name).read_text(encoding="utf-8", errors="replace")
+        return Path(name).open(encoding="utf-8", errors="replace")
     if name == "code":
-        return "\n".join("".join(source_of(module).splitlines(keepends=True)[FIRST_LINE:]) for module in CODE)
+        lines = (source_of(module).splitlines(keepends=True)[FIRST_LINE:] for module in CODE)
+        return io.StringIO("\n".join(map("".join, lines)))
     parts = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         described = [tree, *(node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))]
         docs = [ast.get_docstring(node) or "" for node in described]
         parts += [doc for doc in docs if len(doc) > 200]
-    return "\n\n".join(parts)
+    return io.StringIO("\n\n".join(parts))
 
 
 def encode_text(tokenizer: Any, name: str, length: int, start: int = 0) -> list[int]:
     """`length` tokens of a text from `start` on; exits where it has fewer."""
-    # No tokenizer makes tokens of more than 12 characters on average.
-    tokens = tokenizer.encode(read_text(name)[: 12 * (start + length)], add_special_tokens=False)[start:][:length]
+    needed = start + length
+    with open_text(name) as file:
+        # Mostly more than enough, but lines of spaces or signs have more characters a token.
+        text = file.read(12 * needed)
+        while True:
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+            if len(tokens) >= needed + UNSETTLED or not (more := file.read(len(text))):
+                break
+            text += more
+    tokens = tokens[start:needed]
     if len(tokens) < length:
         raise SystemExit(f"{name}: only {len(tokens)} tokens from {start} on, not {length}")
     return tokens
@@ -59,19 +81,35 @@ def encode_text(tokenizer: Any, name: str, length: int, start: int = 0) -> list[
 
 def load_model(name: str, attention: Callable[..., Any], device: str = "cpu") -> tuple[Any, Any]:
     """The model and tokenizer of a folder or of a GGUF file, in bfloat16, its layers calling `attention`."""
+    return load_weights(name, attention, device), load_tokenizer(name)
+
+
+def load_weights(name: str, attention: Callable[..., Any], device: str = "cpu") -> Any:
+    """The model of `load_model` alone."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    path = Path(name)
-    where: dict[str, str] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    folder = str(path.parent if where else path)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    folder, where = _place(name)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, **where).eval().to(device)
     # A name that transformers does not know gets no masks.
     ALL_ATTENTION_FUNCTIONS["measured"] = attention
     model.set_attn_implementation("measured")
-    return model, tokenizer
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of `load_model` alone."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    folder, where = _place(name)
+    return AutoTokenizer.from_pretrained(folder, **where)
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    path = Path(name)
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
 
 
 def dense_attention(query, key, value, scaling, sliding_window=None, **kwargs):

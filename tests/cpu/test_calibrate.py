@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from vllm_flashprefill import FlashPrefillConfig, calibrate
-from vllm_flashprefill.real_model import Attention, dense_attention
+from vllm_flashprefill.real_model import Attention, dense_attention, encode_text, load_tokenizer
 
 
 def curve(value):
@@ -81,7 +81,56 @@ def test_a_preset_has_the_density_asked_for_and_loads(others, model_folder, monk
         assert text.measure(None).loss == 0
         result = text.measure(config)
     assert abs(result.density - 0.88) <= 0.01 * 0.88
-    assert f"{result.density:.1%}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{result.density:.1%}" in said and "on the CPU: a pass takes about 00:0" in said
+
+
+@pytest.mark.parametrize("spaces", [10, 14, 200])
+def test_a_text_is_read_on_until_it_has_the_tokens(spaces, model_folder):
+    """As wide columns, ruler lines or indented JSON have more characters a token than most texts."""
+    words = [f"w{n % 100}" for n in range(3000)]
+    wide = model_folder / "wide"
+    wide.write_text((" " * spaces).join(words))
+    tokenizer = load_tokenizer(str(model_folder))
+    right = tokenizer.encode(wide.read_text(), add_special_tokens=False)
+    assert len(right) == 3000
+    for start, length in ((0, 10), (0, 2500), (700, 2300), (0, 2999), (0, 3000)):
+        assert encode_text(tokenizer, str(wide), length, start) == right[start : start + length]
+    with pytest.raises(SystemExit, match="wide: only 2990 tokens from 10 on, not 3000"):
+        encode_text(tokenizer, str(wide), 3000, 10)
+
+
+def test_a_short_text_is_said_before_the_model_loads(model_folder, monkeypatch):
+    monkeypatch.setattr(calibrate, "load_weights", lambda *_: pytest.fail("the model is loaded"))
+    arguments = ["--density", "0.5", "--length", "8000", "--text", str(model_folder / "text"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(model_folder), *arguments])
+    with pytest.raises(SystemExit, match="only 2500 tokens"):
+        calibrate.main()
+
+
+def test_on_the_cpu_it_says_how_long_it_takes_and_how_far_it_is(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(calibrate.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(calibrate, "LINE_SECONDS", 100)
+    with calibrate.Progress(passes=13, parts=2, device="cpu") as progress:
+        for _ in range(13 * 2):
+            now[0] += 30
+            progress.update()
+    assert capsys.readouterr().out.splitlines() == [
+        "on the CPU: a pass takes about 01:00, all 13 at most 13:00",
+        "pass 4 of 13: at most 09:30 more",
+        "pass 6 of 13: at most 07:30 more",
+        "pass 8 of 13: at most 05:30 more",
+        "pass 10 of 13: at most 03:30 more",
+        "pass 12 of 13: at most 01:30 more",
+    ]
+
+
+def test_on_a_gpu_there_is_the_bar_alone(capsys):
+    with calibrate.Progress(passes=2, parts=3, device="cuda") as progress:
+        for _ in range(6):
+            progress.update()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -93,6 +142,9 @@ def test_a_preset_has_the_density_asked_for_and_loads(others, model_folder, monk
         (["--density", "0.5", "--options", '{"num_dense_layers": -1}'], "num_dense_layers must be an integer"),
         (["--density", "0.5", "--loss", "0.1"], "not allowed with"),
         (["--density", "0.5", "--last", "9000"], "fewer than --last 9000"),
+        (["--density", "0.5", "--text", "no/such.txt"], "--text no/such.txt: No such file or directory"),
+        (["--density", "0.5", "--text", "/"], "--text /: Is a directory"),
+        (["--density", "0.5", "--out", "no/such.json"], "--out no/such.json: there is no such folder"),
         ([], "is required"),
     ],
 )

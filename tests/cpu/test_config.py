@@ -130,6 +130,44 @@ def test_bad_options_are_one_clear_error(options, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "flash_prefill",
+        "flashPrefill",
+        "FlashPrefill",
+        "flash-prefill",
+        "FLASHPREFILL",
+        "flashprefil",
+        "flashprefill_config",
+    ],
+)
+def test_a_key_of_additional_config_that_is_close_to_ours_is_an_error(key):
+    engine = SimpleNamespace(additional_config={key: {"alpha": 0.1}})
+    with pytest.raises(ValueError) as error:
+        FlashPrefillConfig.from_vllm(engine, {})
+    assert str(error.value).startswith(f"flashprefill: unknown key '{key}'; did you mean 'flashprefill'?")
+
+
+def test_an_option_outside_our_key_is_an_error():
+    with pytest.raises(ValueError, match="'min_sparse_tokens' is outside 'flashprefill'; additional_config takes"):
+        FlashPrefillConfig.from_vllm(SimpleNamespace(additional_config={"min_sparse_tokens": 0}), {})
+
+
+def test_keys_of_other_plugins_are_theirs():
+    others = {
+        "flashinfer": 1,
+        "flash_attn": 2,
+        "prefill": 3,
+        "ascend_scheduler_config": {},
+        "alpha": 1,
+        "block_size": 16,
+    }
+    engine = SimpleNamespace(additional_config={**others, 5: 6, "flashprefill": {"alpha": 0.1}})
+    assert FlashPrefillConfig.from_vllm(engine, {}).alpha == 0.1
+    assert FlashPrefillConfig.from_vllm(SimpleNamespace(additional_config=others), {}) == FlashPrefillConfig()
+
+
 def test_options_that_are_no_object():
     with pytest.raises(ValueError, match="must be an object of options"):
         FlashPrefillConfig.from_vllm(vllm_config([1]), {})

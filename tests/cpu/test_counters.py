@@ -79,6 +79,33 @@ def test_servers_started_by_multiprocessing_count_for_themselves(nothing_shared,
         assert not os.path.exists(folder), "it goes when its server ends"
 
 
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_servers_of_a_parent_with_an_engine_count_for_themselves(shared_stats, method):
+    work()
+    context = multiprocessing.get_context(method)
+    results = context.SimpleQueue()
+    servers = [context.Process(target=serve, args=(tokens, results)) for tokens in (3, 5)]
+    for server in servers:
+        server.start()
+        server.join()
+    answers = [results.get() for _ in servers]
+    assert [counted for _, counted in answers] == [{"decode": 3}, {"decode": 5}]
+    assert len({shared_stats, *(folder for folder, _ in answers)}) == 3
+    assert counters.read_stats().dense_tokens == {"decode": 7}
+
+
+@pytest.mark.parametrize("name", ["ApiServer_1", "EngineCore", "EngineCore_DP0", "VllmWorker-3"])
+def test_vllms_own_processes_count_for_their_parents_engine(shared_stats, name):
+    work()
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=serve, args=(3, results), name=name)
+    process.start()
+    process.join()
+    assert results.get() == (shared_stats, {"decode": 10})
+    assert counters.read_stats().dense_tokens == {"decode": 10}
+
+
 def test_a_server_counts_on_when_its_launcher_has_ended(nothing_shared, tmp_path):
     launcher = f"""
 import subprocess, sys
@@ -107,6 +134,24 @@ def test_a_folder_that_is_gone_is_made_anew(shared_stats, monkeypatch):
     assert counters.read_stats().dense_tokens == {"decode": 7}
 
 
+@pytest.mark.parametrize("gone", ["a file", "the folder"])
+def test_what_goes_while_it_is_read_is_left_out(shared_stats, monkeypatch, gone):
+    work()
+    before = counters.read_stats()
+    if gone == "a file":
+        os.symlink("nowhere", Path(shared_stats) / "1.f64")
+        (Path(shared_stats) / "2.f64").write_bytes(b"12345")
+        assert counters.read_stats() == before
+        return
+
+    def listed(path):
+        raise FileNotFoundError(path)
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, listed)
+    assert counters.read_stats() == counters.Stats()
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     warnings = []
@@ -114,12 +159,20 @@ def warnings(monkeypatch):
     return warnings
 
 
-@pytest.mark.parametrize("trouble", ["full", "not writable", "gone"])
-def test_without_a_file_a_process_counts_for_itself(shared_stats, warnings, trouble):
+@pytest.mark.parametrize("trouble", ["full", "not writable", "gone", "no folder", "not mapped", "mapped too short"])
+def test_without_a_file_a_process_counts_for_itself(shared_stats, warnings, trouble, monkeypatch):
     if trouble == "not writable":
         (Path(shared_stats) / f"{os.getpid()}.f64").mkdir()
-    elif trouble == "gone":
+    elif trouble in ("gone", "no folder"):
         os.rmdir(shared_stats)
+    if trouble == "no folder":
+        Path(shared_stats).touch()
+    if "mapped" in trouble:
+
+        def memmap(*args, **kwargs):
+            raise OSError(19, "No such device") if trouble == "not mapped" else ValueError("mmap length is greater")
+
+        monkeypatch.setattr(counters.np, "memmap", memmap)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0 if trouble == "full" else limits[0], limits[1]))
     try:
@@ -130,17 +183,22 @@ def test_without_a_file_a_process_counts_for_itself(shared_stats, warnings, trou
     assert len(warnings) == 1 and "no file for the counters" in warnings[0], warnings
     total = counters.read_stats()
     assert (total.sparse_tokens, total.dense_tokens) == (200, {"decode": 14})
+    if trouble == "no folder":
+        os.remove(shared_stats)
 
 
 def test_without_a_folder_a_process_counts_for_itself(nothing_shared, warnings, monkeypatch):
-    def full(prefix):
-        raise OSError(28, "No space left on device")
+    def none(*args, **kwargs):
+        raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(counters.tempfile, "mkdtemp", full)
+    counters._warn_no_folder.cache_clear()
+    monkeypatch.setattr(counters.tempfile, "mkdtemp", none)
     monkeypatch.setenv("FLASHPREFILL_STATS_DIR", "/nowhere")
+    # As when an engine is configured, and again when it starts.
+    counters.share_stats()
     counters.share_stats()
     work()
-    assert len(warnings) == 1 and "No space left on device" in warnings[0], warnings
+    assert len(warnings) == 1 and "No usable temporary directory" in warnings[0], warnings
     assert counters.read_stats().dense_tokens == {"decode": 7}
 
 

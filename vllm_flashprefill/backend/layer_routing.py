@@ -1,4 +1,4 @@
-"""Which layers, and which engines, are always dense, and why."""
+"""Which layers are always dense, and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason
+
+# vLLM's names of caches that hold what the model computes.
+PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def layer_dense_reason(impl: Any, layer_name: str, config: FlashPrefillConfig) -> DenseReason | None:
@@ -62,38 +65,13 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
         return DenseReason.SINKS
     if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
         return DenseReason.KV_SHARING
-    if getattr(impl, "kv_cache_dtype", "auto") not in ("auto", "float16", "bfloat16", "float32"):
+    if getattr(impl, "kv_cache_dtype", "auto") not in PLAIN_CACHE_DTYPES:
         return DenseReason.QUANTIZED_KV_CACHE
     if getattr(impl, "dcp_world_size", 1) > 1 or getattr(impl, "pcp_world_size", 1) > 1:
         return DenseReason.CONTEXT_PARALLEL
     if getattr(impl, "batch_invariant_enabled", False):
         # A chunk's start within a block changes what is selected, and other requests move where chunks start.
         return DenseReason.BATCH_INVARIANT
-    return None
-
-
-# vLLM's names of the backends that FlashPrefill takes the place of, and of its own.
-OUR_BACKENDS = frozenset({"FLASH_ATTN", "FLASH_ATTN_VLLM_V1", "CPU_ATTN", "TORCH_SDPA", "TORCH_SDPA_VLLM_V1", "CUSTOM"})
-
-
-def engine_dense_reason(model_config: Any, backend: str | None, capability: tuple[int, int] | None) -> str | None:
-    """Why no layer of an engine can be sparse, as far as its options say, and what to do about it; or None.
-
-    Args:
-        model_config: a ``vllm.config.ModelConfig``; of it `use_mla` and `attn_type` are read.
-        backend: vLLM's name of the attention backend that was asked for, None if it is to choose.
-        capability: the GPU's compute capability, None where there is no GPU.
-    """
-    if getattr(model_config, "use_mla", False):
-        return "the model's attention is MLA, which is vLLM's own alone"
-    if getattr(model_config, "attn_type", "decoder") in ("encoder_only", "attention_free"):
-        return "the model has no causal attention"
-    if backend is not None and backend not in OUR_BACKENDS:
-        return f"the attention backend {backend} was asked for; ask for FLASH_ATTN, or for none"
-    if backend is None and capability is not None and capability[0] == 10:
-        return (
-            "vLLM prefers FlashInfer on this GPU; ask for FLASH_ATTN with --attention-backend or VLLM_ATTENTION_BACKEND"
-        )
     return None
 
 

@@ -78,7 +78,8 @@ def flash_prefill_attention(
         [batch, T, H, D], and None for the weights.
 
     Raises:
-        ValueError: sdpa would ignore a part of this layer's attention (softcap, sinks, packed sequences).
+        ValueError: sdpa would ignore a part of this layer's attention (softcap, sinks, packed sequences, the cache of
+            continuous batching).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -88,6 +89,12 @@ def flash_prefill_attention(
                 f"flashprefill: {type(module).__name__} has {what}, which transformers' sdpa does not compute; "
                 "load this model with another attn_implementation"
             )
+    if kwargs.get("cache") is not None:
+        # On transformers 4; 5 refuses our name itself.
+        raise ValueError(
+            "flashprefill: the cache of transformers' continuous batching is read by implementations of its own alone; "
+            'call model.set_attn_implementation("sdpa_paged") first'
+        )
     arguments = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
     if torch.jit.is_tracing() or (query.shape[2] == 1 and torch.compiler.is_compiling()):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)

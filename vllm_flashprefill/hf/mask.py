@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,23 @@ from vllm_flashprefill.routing import DenseReason
 aten = torch.ops.aten
 
 
+@dataclasses.dataclass
+class Content:
+    """What a mask and its aliases share: what changes one changes all."""
+
+    shape: torch.Size
+    device: torch.device
+    context_len: int
+    reason: DenseReason | None
+    was_read: bool = False
+    made: torch.Tensor | None = None
+
+
 class CausalMask(torch.Tensor):
     """The causal mask of an unpadded batch, [batch, 1, T, S] bool, which takes no memory until something reads it.
 
-    Sparse layers and dense ones without context do not, and a copy, on another device too, is a mask of the same kind.
-    A mask that was read or changed by model code is an unknown one from then on.
+    Sparse layers and dense ones without context do not, and a copy, on another device too, or an alias is a mask of the
+    same kind. A mask that was read or changed by model code is an unknown one from then on.
 
     Attributes:
         context_len: tokens before the first query; keys from context_len + T on hold no tokens yet.
@@ -29,15 +42,34 @@ class CausalMask(torch.Tensor):
     def __new__(
         cls, shape: tuple[int, ...], device: torch.device, context_len: int, reason: DenseReason | None
     ) -> CausalMask:
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask.context_len, mask.reason, mask.was_read, mask._made = context_len, reason, False, None
+        return cls._with(Content(torch.Size(shape), device, context_len, reason))
+
+    @classmethod
+    def _with(cls, content: Content) -> CausalMask:
+        mask = torch.Tensor._make_wrapper_subclass(cls, content.shape, dtype=torch.bool, device=content.device)
+        mask._content = content
         return mask
 
+    @property
+    def context_len(self) -> int:
+        return self._content.context_len
+
+    @property
+    def reason(self) -> DenseReason | None:
+        return self._content.reason
+
+    @property
+    def was_read(self) -> bool:
+        return self._content.was_read
+
     def materialise(self) -> torch.Tensor:
-        if self._made is None:
-            allowed = torch.ones(self.shape[-2:], dtype=torch.bool, device=self.device).tril_(self.context_len)
-            self._made = allowed.expand(self.shape)
-        return self._made
+        content = self._content
+        if content.made is None:
+            # A view of it is one of the mask, and so it is of inference mode where the mask is.
+            with torch.inference_mode(self.is_inference()):
+                allowed = torch.ones(self.shape[-2:], dtype=torch.bool, device=self.device).tril_(self.context_len)
+                content.made = allowed.expand(self.shape)
+        return content.made
 
     def is_whole(self, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether the mask is as it was made, and made for these queries and keys."""
@@ -46,18 +78,21 @@ class CausalMask(torch.Tensor):
     def _copy(self, device: torch.device) -> CausalMask:
         copy = CausalMask(self.shape, device, self.context_len, self.reason)
         if self.was_read:
-            copy.was_read, copy._made = True, self.materialise().to(device, copy=True)
+            copy._content.was_read, copy._content.made = True, self.materialise().to(device, copy=True)
         return copy
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def read(mask: CausalMask) -> torch.Tensor:
-            mask.was_read = True
+            mask._content.was_read = True
             return mask.materialise()
 
         kwargs = kwargs or {}
-        if func is aten.detach.default:
+        if func in (aten.detach.default, aten.detach_.default):
             return args[0]
+        if func is aten.alias.default:
+            with torch.inference_mode(args[0].is_inference()):
+                return cls._with(args[0]._content)
         if func.overloadpacket is aten.to:
             # Inference mode asks for it whole.
             return func.decompose(*args, **kwargs)

@@ -15,8 +15,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from vllm_flashprefill.backend.layer_routing import engine_dense_reason
+from vllm_flashprefill.backend.engine_routing import engine_dense_reason
 from vllm_flashprefill.config import ENV_ENABLE, FlashPrefillConfig
+from vllm_flashprefill.counters import of_parents_engine
 from vllm_flashprefill.patches import undo
 
 logger = logging.getLogger("vllm.flashprefill")
@@ -27,8 +28,9 @@ def check_engines() -> None:
 
     def check(vllm_config: Any) -> None:
         _check_device()
-        logger.info("FlashPrefill: %s", FlashPrefillConfig.from_vllm(vllm_config))
-        _warn_if_all_is_dense(vllm_config)
+        config = FlashPrefillConfig.from_vllm(vllm_config)
+        logger.info("FlashPrefill: %s", config)
+        _warn_if_nothing_is_pruned(vllm_config, config)
 
     on_engine_config(check)
 
@@ -64,7 +66,7 @@ def on_engine_start(prepare: Callable[[], None]) -> None:
     undo.wrap(Executor, "get_class", prepared)
 
 
-def _warn_if_all_is_dense(vllm_config: Any) -> None:
+def _warn_if_nothing_is_pruned(vllm_config: Any, config: FlashPrefillConfig) -> None:
     from vllm import envs
     from vllm.platforms import current_platform
 
@@ -72,9 +74,10 @@ def _warn_if_all_is_dense(vllm_config: Any) -> None:
     chosen = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
     backend = getattr(chosen, "name", chosen) or getattr(envs, "VLLM_ATTENTION_BACKEND", None)
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    reason = engine_dense_reason(vllm_config.model_config, backend, capability)
-    if reason is not None:
-        logger.warning("FlashPrefill: every prefill of this engine stays dense: %s", reason)
+    reason = engine_dense_reason(vllm_config, config, backend, capability)
+    # One of several API servers configures again the engine that its parent has.
+    if reason is not None and not of_parents_engine():
+        logger.warning("FlashPrefill prunes nothing in this engine: %s", reason)
 
 
 def _check_device() -> None:

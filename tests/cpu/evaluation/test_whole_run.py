@@ -114,3 +114,38 @@ def test_a_run_that_is_ended_reports_what_is_done(run):
     ]
     assert run(*arguments, "--resume")["complete"]
     assert [row["task"] for row in run.rows()] == ["single", "multi_key", "perplexity"]
+
+
+def write_rows(path, *rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_folder_with_tasks_that_have_no_metric_runs_the_others(run, tmp_path):
+    row = {"input": "How many?", "context": "x " * 50, "answers": ["12"], "all_classes": None}
+    for name in ("gov_report", "lcc", "hotpotqa"):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", {**row, "dataset": name})
+    result = run("--data", str(tmp_path / "data"), "--lengths", "300", "--setting", "alpha=0.1")
+    assert result["complete"] and [sample["task"] for sample in result["samples"]] == ["hotpotqa"]
+    left_out = {"LongBench's 'gov_report'": ["gov_report.jsonl"], "LongBench's 'lcc'": ["lcc.jsonl"]}
+    assert result["without_metric"] == left_out
+    said = "LongBench's 'gov_report' (gov_report.jsonl); LongBench's 'lcc' (lcc.jsonl)"
+    assert run.out().splitlines()[0] == f"no metric here, left out: {said}"
+
+
+@pytest.mark.parametrize(
+    "file, row, message",
+    [
+        ("lcc.jsonl", {"input": "x", "context": "y", "answers": ["z"]}, "there is nothing to run"),
+        ("vt.jsonl", {"input": "x", "outputs": []}, "vt.jsonl, line 1: outputs: the list is empty"),
+        ("nowhere", None, "nowhere: No such file or directory"),
+    ],
+)
+def test_bad_data_is_one_line_before_a_model_loads(run, tmp_path, monkeypatch, file, row, message):
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: pytest.fail("the model is loaded"))
+    if row is not None:
+        write_rows(tmp_path / "data" / file, row)
+    with pytest.raises(SystemExit) as error:
+        run("--data", str(tmp_path / "data" / file), "--lengths", "300")
+    assert str(error.value).startswith("error: ") and message in str(error.value)
+    assert "\n" not in str(error.value)

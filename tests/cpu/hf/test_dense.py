@@ -116,6 +116,25 @@ def test_a_model_in_training_mode_is_dense_without_gradients_too():
     check_dense(Run(make_model("flashprefill").train(), prompt()), "training", 2 * LENGTH)
 
 
+def log_probabilities(model, ids):
+    return model(ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_importance_ratios_of_a_policy_that_trains_are_1(grad_mode):
+    """The old policy's log-probabilities, without gradients, are those of the training pass with equal weights."""
+    hf.register(alpha=0.6, **EAGER_TO_PRUNE)
+    model, ids = make_model("flashprefill").train(), prompt()
+    with grad_mode():
+        old = log_probabilities(model, ids)
+    new = log_probabilities(model, ids)
+    assert new.requires_grad
+    torch.testing.assert_close((new.detach() - old.clone()).exp(), torch.ones_like(old), rtol=0, atol=1e-4)
+    with grad_mode():
+        reference = log_probabilities(model.eval(), ids)
+    assert (((new.detach() - reference.clone()).exp() - 1).abs() > 0.01).any(), "in eval mode it is sparse"
+
+
 def attend(query_len, key_len, value_size=16, **arguments):
     q, k = torch.randn(1, 2, query_len, 16), torch.randn(1, 2, key_len, 16)
     before = hf.stats()

@@ -50,6 +50,8 @@ READS = {
 COPIES = {
     "clone": lambda mask: mask.clone(),
     "detach": lambda mask: mask.detach(),
+    "alias": torch.ops.aten.alias,
+    "to_copy": torch.ops.aten._to_copy,
     "deepcopy": copy.deepcopy,
     "to the same device": lambda mask: mask.to("cpu"),
     "to another and back": lambda mask: mask.to("meta").to("cpu", non_blocking=True),
@@ -78,6 +80,20 @@ def test_a_copy_of_a_causal_mask_is_another(operation, grad_mode):
         assert torch.equal(copied[:], dense) and copied.was_read
         if operation != "to another and back":
             assert torch.equal(COPIES[operation](copied)[:], dense) and COPIES[operation](copied).was_read
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("operation", READS)
+def test_a_mask_from_another_mode_reads_as_what_it_says(operation, grad_mode):
+    mask, dense = make_mask()
+    with grad_mode():
+        torch.testing.assert_close(READS[operation](mask), READS[operation](dense))
+
+
+def test_what_changes_an_alias_changes_the_mask():
+    mask, _ = make_mask()
+    torch.ops.aten.alias(mask)[..., 100:, :50] = False
+    assert mask.was_read and not mask.materialise()[..., 100:, :50].any()
 
 
 def test_a_causal_mask_is_made_where_it_was_moved():
@@ -118,14 +134,42 @@ def test_a_model_that_reads_its_mask_is_sdpas_and_dense():
     hf.register(alpha=1.0, **EAGER_TO_PRUNE)
     model = make_model("flashprefill")
 
-    def narrow_mask(module, args, kwargs):
-        return args, {**kwargs, "attention_mask": kwargs["attention_mask"][:, :, :, :LENGTH]}
+    def add_to_mask(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"] & torch.ones(LENGTH, dtype=torch.bool)}
 
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(narrow_mask, with_kwargs=True)
+        layer.register_forward_pre_hook(add_to_mask, with_kwargs=True)
     run = Run(model, prompt())
     check_dense(run, "custom_mask", 2 * LENGTH)
     torch.testing.assert_close(run.logits, Run(make_model("sdpa"), prompt()).logits, **TOLERANCE)
+
+
+def test_a_model_that_cuts_its_mask_to_the_keys_it_has_is_sparse():
+    """As code written for caches of fixed length does; the cut is the whole mask."""
+    hf.register(alpha=0.6, **EAGER_TO_PRUNE)
+    model, plain = make_model("flashprefill"), Run(make_model("flashprefill"), prompt())
+
+    def cut_mask(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"][:, :, :, :LENGTH]}
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(cut_mask, with_kwargs=True)
+    run = Run(model, prompt())
+    assert run.stats == plain.stats and run.stats.sparse_tokens == 2 * LENGTH
+    torch.testing.assert_close(run.logits, plain.logits)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_layers_that_accelerate_keeps_on_disk_are_sparse(grad_mode, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    hf.register(alpha=0.6, **EAGER_TO_PRUNE)
+    plain, model = Run(make_model("flashprefill"), prompt()), make_model("flashprefill")
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    before = hf.stats()
+    with grad_mode():
+        logits = model(prompt()).logits
+    assert hf.stats() - before == plain.stats
+    torch.testing.assert_close(logits, plain.logits)
 
 
 def make_text_encoder(implementation):

@@ -1,0 +1,147 @@
+"""Why an engine can prune nothing, as far as its configuration says, and what to change."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm_flashprefill.backend.layer_routing import PLAIN_CACHE_DTYPES
+from vllm_flashprefill.checks import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE
+from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.routing import DenseReason, request_dense_reason
+
+# vLLM's names of the backends that FlashPrefill takes the place of, and of its own.
+OUR_BACKENDS = frozenset({"FLASH_ATTN", "FLASH_ATTN_VLLM_V1", "CPU_ATTN", "TORCH_SDPA", "TORCH_SDPA_VLLM_V1", "CUSTOM"})
+
+
+def engine_dense_reason(
+    vllm_config: Any, config: FlashPrefillConfig, backend: str | None, capability: tuple[int, int] | None
+) -> str | None:
+    """Why nothing of an engine can be pruned, and what to do about it; None where something can, as far as is known.
+
+    Args:
+        vllm_config: a ``vllm.config.VllmConfig``; what it lacks is taken to be no reason.
+        backend: vLLM's name of the attention backend that was asked for, None if it is to choose.
+        capability: the GPU's compute capability, None where there is no GPU.
+    """
+    model = vllm_config.model_config
+    return (
+        _model_reason(model)
+        or _backend_reason(backend, capability)
+        or _cache_reason(getattr(vllm_config, "cache_config", None))
+        or _parallel_reason(getattr(vllm_config, "parallel_config", None))
+        or (_gpu_reason(model) if capability is not None else None)
+        or _layers_reason(model, getattr(vllm_config, "cache_config", None), config)
+        or _length_reason(model, config)
+        or ("alpha is 0, which keeps every block; raise it" if config.alpha == 0 else None)
+    )
+
+
+def _model_reason(model: Any) -> str | None:
+    if getattr(model, "use_mla", False):
+        return "the model's attention is MLA, which is vLLM's own alone"
+    if getattr(model, "attn_type", "decoder") in ("encoder_only", "attention_free"):
+        return "the model has no causal attention"
+    return None
+
+
+def _backend_reason(backend: str | None, capability: tuple[int, int] | None) -> str | None:
+    if backend is not None and backend not in OUR_BACKENDS:
+        return f"the attention backend {backend} was asked for; ask for FLASH_ATTN, or for none"
+    if backend is None and capability is not None and capability[0] == 10:
+        return (
+            "vLLM prefers FlashInfer on this GPU; ask for FLASH_ATTN with --attention-backend or VLLM_ATTENTION_BACKEND"
+        )
+    return None
+
+
+def _cache_reason(cache: Any) -> str | None:
+    cache_dtype = getattr(cache, "cache_dtype", "auto")
+    if cache_dtype not in PLAIN_CACHE_DTYPES and not getattr(cache, "kv_cache_dtype_skip_layers", None):
+        return f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, or float16"
+    page_size = getattr(cache, "block_size", None)
+    if isinstance(page_size, int) and page_size % PAGE_SIZE_MULTIPLE:
+        return (
+            f"pages of the KV cache are of {page_size} tokens; ask for a --block-size that {PAGE_SIZE_MULTIPLE} divides"
+        )
+    return None
+
+
+def _parallel_reason(parallel: Any) -> str | None:
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"the cache is spread over ranks; leave out --{name.replace('_', '-')}"
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        return "results are not to depend on the batch, as selections do; unset VLLM_BATCH_INVARIANT"
+    return None
+
+
+def _gpu_reason(model: Any) -> str | None:
+    if getattr(model, "dtype", DTYPES[0]) not in DTYPES:
+        return "the kernels take bfloat16 and float16; ask for --dtype bfloat16"
+    try:
+        head_size = model.get_head_size()
+    except Exception:
+        # Of a config that says it by layer, or not at all.
+        return None
+    if head_size not in HEAD_SIZES:
+        return f"the kernels take heads of {', '.join(map(str, HEAD_SIZES))}, and this model's are of {head_size}"
+    return None
+
+
+def _layers_reason(model: Any, cache: Any, config: FlashPrefillConfig) -> str | None:
+    text = getattr(model, "hf_text_config", None)
+    if _said(text, "attn_logit_softcapping"):
+        return "every layer caps its logits; only another model would be pruned"
+    if _said(text, "model_type") == "gpt_oss":
+        return "every layer has attention sinks; only another model would be pruned"
+    if _said(text, "alibi") is True or _said(text, "model_type") == "bloom":
+        return "every layer has ALiBi; only another model would be pruned"
+    window = getattr(cache, "sliding_window", None)
+    if window is not None:
+        # What vLLM gives to every layer that says nothing of itself.
+        return (
+            f"every layer has a sliding window of {window} tokens; --disable-sliding-window makes them plain, for "
+            "sequences of no more tokens"
+        )
+    kinds, num_layers = _said(text, "layer_types"), _said(text, "num_hidden_layers")
+    if not isinstance(num_layers, int) or num_layers < 1:
+        return None
+    kinds = kinds if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers else ["full_attention"] * num_layers
+    # vLLM 0.10.0 calls it so where not every layer has one.
+    windows = any(_said(text, name) for name in ("sliding_window", "interleaved_sliding_window"))
+    never = {"linear_attention", "sliding_attention"} if windows else {"linear_attention"}
+    able = [index for index, kind in enumerate(kinds) if kind not in never]
+    if not able:
+        return f"every layer is of {' or '.join(sorted(set(kinds)))}; only another model would be pruned"
+    if able[-1] < config.num_dense_layers:
+        return f"num_dense_layers is {config.num_dense_layers}; at most {able[-1]} leaves a layer to prune"
+    return None
+
+
+def _said(config: Any, name: str) -> Any:
+    """What a model's config says; None where it does not, or not without a layer's number."""
+    try:
+        return getattr(config, name)
+    except Exception:
+        return None
+
+
+def _length_reason(model: Any, config: FlashPrefillConfig) -> str | None:
+    max_len = getattr(model, "max_model_len", None)
+    if not isinstance(max_len, int):
+        return None
+    # A prompt leaves room for a token of its answer, where there is one.
+    longest = max_len - (getattr(model, "runner_type", "generate") == "generate")
+    reason = request_dense_reason(longest, 0, longest, config)
+    if reason is DenseReason.SHORT_PROMPT:
+        return (
+            f"prompts of under {config.min_sparse_tokens} tokens are dense, and sequences have at most {max_len}; "
+            "lower min_sparse_tokens, or raise --max-model-len"
+        )
+    if reason is not None:
+        return (
+            f"every block of a prompt of {longest} tokens is kept, and sequences have at most {max_len}; lower "
+            "num_sink_blocks, num_window_blocks or num_dense_tail_blocks, or raise --max-model-len"
+        )
+    return None
