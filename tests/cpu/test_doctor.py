@@ -15,7 +15,6 @@ from vllm_flashprefill import __main__ as doctor
 from vllm_flashprefill.config import PRESETS
 from vllm_flashprefill.patches import registration
 
-
 ROOT = Path(__file__).parents[2]
 
 

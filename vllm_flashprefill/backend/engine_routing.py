@@ -41,7 +41,8 @@ def engine_dense_reason(
 def layer_dense_words(vllm_config: Any, config: FlashPrefillConfig) -> list[str | None]:
     """What the model's config says of each layer: why it is dense, None where its prefills may be sparse.
 
-    A `DenseReason`, or ``linear_attention``, which is no attention and is not counted. Empty where the config does not say how many layers there are.
+    A `DenseReason`, or ``linear_attention``, which is no attention and is not counted. Empty where the config does not
+    say how many layers there are.
 
     Args:
         vllm_config: as of `engine_dense_reason`.
