@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import vllm.platforms
 
 from tests.cpu.backend.test_engine_routing import GEMMA, model
 from vllm_flashprefill import __main__ as doctor
@@ -16,6 +15,7 @@ from vllm_flashprefill.config import PRESETS
 from vllm_flashprefill.patches import registration
 
 ROOT = Path(__file__).parents[2]
+platforms = pytest.importorskip("vllm.platforms")
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def platform(kind, **answers):
 
 
 def test_no_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(vllm.platforms, "current_platform", platform("unspecified"), raising=False)
+    monkeypatch.setattr(platforms, "current_platform", platform("unspecified"), raising=False)
     fails(capsys, "vLLM finds no GPU here")
 
 
@@ -120,12 +120,12 @@ def test_a_gpu_that_is_too_old(capsys, monkeypatch):
         get_device_capability=lambda: SimpleNamespace(major=7, minor=0),
         has_device_capability=lambda _: False,
     )
-    monkeypatch.setattr(vllm.platforms, "current_platform", volta, raising=False)
+    monkeypatch.setattr(platforms, "current_platform", volta, raising=False)
     fails(capsys, "compute capability 8.0 (Ampere) or newer, this one has 7.0")
 
 
 def test_a_device_of_another_kind(capsys, monkeypatch):
-    monkeypatch.setattr(vllm.platforms, "current_platform", platform("tpu", device_name="tpu"), raising=False)
+    monkeypatch.setattr(platforms, "current_platform", platform("tpu", device_name="tpu"), raising=False)
     fails(capsys, "runs on NVIDIA GPUs and CPUs, not on tpu")
 
 
