@@ -120,6 +120,8 @@ def of_python(program: str, arguments: list[str]) -> Iterator[str]:
 
 
 def option_faults(program: str, arguments: list[str]) -> Iterator[str]:
+    # What comes after -- is no option.
+    arguments = list(itertools.takewhile(lambda argument: argument != "--", arguments))
     options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     for option in sorted(options - set(re.findall(r"--[\w-]+", help_of(program)))):
         yield f"{program} has no {option}"

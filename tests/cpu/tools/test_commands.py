@@ -46,6 +46,10 @@ def test_a_wrong_command_is_seen(line):
     assert WRONG[line] in fault
 
 
+def test_what_follows_two_dashes_is_no_option():
+    assert commands.faults(commands.Code("page", "sh", "python -m evaluation --model M -- --of-another")) == []
+
+
 def test_wrong_python_is_seen():
     def said(text):
         return commands.faults(commands.Code("page", "python", text))
