@@ -155,7 +155,7 @@ def leave_picture(model: str, sparse: list[Prompt], config, picture: str) -> Non
     elif not kept_blocks.can_draw():
         print(f"No picture of kept blocks: `{sys.executable} -m pip install matplotlib`, and the next run draws it.")
     else:
-        print(f"Drawing the blocks that were kept of {len(drawn):,} tokens ...", flush=True)
+        print(f"Drawing the blocks kept of {len(drawn):,} tokens; it takes as long as a prompt ...", flush=True)
         kept = kept_blocks.kept_blocks(model, drawn, config)
         kept_blocks.draw(kept, f"{Path(model).name}, {len(drawn):,} tokens, alpha {config.alpha}", Path(picture))
         print(f"Wrote {picture}: each dark square is a block of keys that a block of queries attended to.")
