@@ -35,14 +35,14 @@ EXACT = FlashPrefillConfig(alpha=0.0, **BARE)
 SPARSE = FlashPrefillConfig(alpha=0.4, **{**BARE, "num_dense_tail_blocks": 1})
 
 
-def new_cache(num_pages, page_size, heads_first=False, head_size=HEAD_SIZE):
+def new_cache(num_pages, page_size, heads_first=False):
     """A cache laid out as vLLM's, and its [2, num_pages, page_size, G, D] view."""
     if heads_before_tokens():
-        cache = torch.full((num_pages, KV_HEADS, page_size, 2 * head_size), torch.nan, dtype=DTYPE)
+        cache = torch.full((num_pages, KV_HEADS, page_size, 2 * HEAD_SIZE), torch.nan, dtype=DTYPE)
         if not heads_first:
             cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
-        return cache, cache.transpose(1, 2).unflatten(-1, (2, head_size)).movedim(-2, 0)
-    shape = our_backend().get_kv_cache_shape(num_pages, page_size, KV_HEADS, head_size)
+        return cache, cache.transpose(1, 2).unflatten(-1, (2, HEAD_SIZE)).movedim(-2, 0)
+    shape = our_backend().get_kv_cache_shape(num_pages, page_size, KV_HEADS, HEAD_SIZE)
     cache = torch.full(shape, torch.nan, dtype=DTYPE)
     if heads_first:
         cache = cache.transpose(2, 3).contiguous().transpose(2, 3)

@@ -9,6 +9,7 @@ from tests.support.flash_attn_step import (
     DTYPE,
     EXACT,
     HEAD_SIZE,
+    KV_HEADS,
     SPARSE,
     Classes,
     Step,
@@ -16,7 +17,7 @@ from tests.support.flash_attn_step import (
     new_cache,
 )
 from tests.support.request import Request
-from tests.support.vllm_side import counted
+from tests.support.vllm_side import counted, heads_before_tokens
 from vllm_flashprefill import counters
 from vllm_flashprefill.backend import density_guard
 from vllm_flashprefill.routing import DenseReason
@@ -63,7 +64,10 @@ def test_layers_the_kernels_do_not_take_are_dense(calls):
     cache, _keys_and_values = new_cache(4, 16)
 
     def reshaped(page_size=16, head_size=HEAD_SIZE):
-        return new_cache(4, page_size, head_size=head_size)[0]
+        if heads_before_tokens():
+            return torch.zeros(4, KV_HEADS, page_size, 2 * head_size, dtype=DTYPE)
+        # Keys and values are a dimension of their own.
+        return torch.zeros(2, 4, page_size, KV_HEADS, head_size, dtype=DTYPE).movedim(0, cache.shape.index(2))
 
     classes = Classes(EXACT)
     assert classes.dense_reason(cache) is None
