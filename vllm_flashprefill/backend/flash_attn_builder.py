@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vllm_flashprefill.backend.builder import NO_STEP, FlashPrefillBuilderMixin
+from vllm_flashprefill.backend.self_check import compared_on_gpu
 from vllm_flashprefill.backend.warmup import compile_kernels
 from vllm_flashprefill.plan import StepPlan
 
@@ -27,7 +28,8 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
                 dtype=self.vllm_config.model_config.dtype,
                 device=torch.device(self.device),
             )
-            super().prepare_layers()
+            if not compared_on_gpu():
+                super().prepare_layers()
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> Any:

@@ -54,6 +54,12 @@ def test_this_vllm_is_as_expected(calls, check, config, caplog):
     assert classes.impl._counts is None
 
 
+@pytest.mark.parametrize("version, compared", [("0.24.0", True), ("0.24.0+cu129", True), ("0.24.1", False)])
+def test_releases_that_were_compared_on_a_gpu(monkeypatch, version, compared):
+    monkeypatch.setattr("vllm.__version__", version)
+    assert self_check.compared_on_gpu() is compared
+
+
 def test_a_layer_that_is_dense_anyway_is_not_checked(calls, check):
     calls.clear()
     _, reason = check(sliding_window=64)
