@@ -22,8 +22,8 @@ from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig, strict
 
 logger = logging.getLogger("vllm.flashprefill")
 
-# Releases whose GPU engines were compared with vLLM's own backend, request by request (tests/gpu), before this check was
-# there; it has not run in them.
+# Releases whose GPU engines were compared with vLLM's own backend, request by request (tests/gpu), before this check
+# was there; it has not run in them.
 COMPARED_ON_GPU = ("0.10.0", "0.12.0", "0.24.0")
 
 # What was checked in this process, and what is wrong with it, or None.
