@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,11 +164,19 @@ def kvpress(row: Row, task: str) -> Record:
         metric, _ = INFINITEBENCH[task]
     else:
         raise Unsupported(f"kvpress' {task!r}")
+    field = "answers" if "answers" in row else "answer"
+    expected = row.expected(field, metric, classes)
+    if metric == "choice":
+        # The question ends with the options, and the answer is a letter alone.
+        options = dict(re.findall(r"^([A-D])\. (.*)$", row.text("question"), re.MULTILINE))
+        if expected[0] not in options:
+            raise BadData(f"{field}: {_short(expected[0])} is no letter of the question's options")
+        expected = [options[expected[0]], expected[0]]
     return Record(
         task,
         row.text("question"),
         row.text("answer_prefix", ""),
-        row.expected("answers" if "answers" in row else "answer", metric, classes),
+        expected,
         metric,
         row.count("max_new_tokens") if "max_new_tokens" in row else _ruler_tokens(row, task),
         cut=False,

@@ -74,6 +74,14 @@ KVPRESS = {"context": "x", "question": "y", "answer_prefix": "z", "answer": ["w"
 RULER = {"input": "x", "outputs": ["y"]}
 
 
+def test_a_letter_of_kvpress_stands_for_its_option_too(tmp_path):
+    row = {**KVPRESS, "question": "Who?\nA. Bob\nB. Ann\nC. Cy\nD. Di", "task": "longbook_choice_eng", "answer": ["B"]}
+    (record,), _ = readers.read(write(tmp_path / "test.jsonl", row), limit=5)
+    assert record.expected == ["Ann", "B"]
+    with pytest.raises(readers.BadData, match="line 1: answer: 'E' is no letter of the question's options"):
+        readers.read(write(tmp_path / "test.jsonl", {**row, "answer": ["E"]}), limit=5)
+
+
 def test_tasks_without_a_metric_are_left_out_and_named(tmp_path):
     for name in ("gov_report", "hotpotqa", "lcc", "dureader"):
         write(tmp_path / f"{name}.jsonl", *[{**LONGBENCH, "dataset": name}] * 3)
