@@ -283,7 +283,10 @@ def _check_additional_keys(additional: Mapping[str, Any]) -> None:
         if key == ADDITIONAL_CONFIG_KEY:
             continue
         plain = re.sub("[^a-z]", "", str(key).lower())
-        if ADDITIONAL_CONFIG_KEY in plain or difflib.get_close_matches(plain, [ADDITIONAL_CONFIG_KEY], cutoff=0.85):
+        # Two letters more or less: flash_mla_prefill is something else.
+        near = abs(len(plain) - len(ADDITIONAL_CONFIG_KEY)) <= 2
+        misspelt = near and difflib.get_close_matches(plain, [ADDITIONAL_CONFIG_KEY], cutoff=0.85)
+        if ADDITIONAL_CONFIG_KEY in plain or misspelt:
             raise ValueError(f"flashprefill: unknown key {key!r}; did you mean {ADDITIONAL_CONFIG_KEY!r}? {right}")
         # Another plugin may well have an alpha or a block_size.
         if "_" in str(key) and key in OPTIONS and key != "block_size":
