@@ -3,11 +3,11 @@ export PYTHON
 
 VENV := .venv
 VENV_0_10 := .venv-0.10.0
-VENV_0_24 := .venv-0.24.0
+VENV_0_32 := .venv-0.32.0
 VENV_DOCS := .venv-docs
 MODEL := models/SmolLM2-135M-Instruct
-# With the Triton of vLLM 0.10.0, 0.12.0 and 0.24.0.
-COMPILE := tools/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0
+# The Triton of vLLM 0.10.0, 0.12.0 and 0.24.0, the newest, and that of vLLM 0.33.0, under which all are compiled.
+COMPILE := tools/compile_kernels.sh $(VENV)/bin/python 3.3.1 3.5.0 3.6.0 3.9.0 3.8.0
 
 # 2 GB of KV cache is enough for the model used here; nothing is to be fetched or reported.
 export VLLM_CPU_KVCACHE_SPACE ?= 2
@@ -22,15 +22,15 @@ help: ## list these targets
 demo: env model ## generate with the sparse prefill on vLLM 0.12.0's CPU engine
 	$(VENV)/bin/python scripts/generate.py
 
-test: env env-0.10 env-0.24 model ## run all tests on the CPU engines of vLLM 0.24.0, 0.12.0 and 0.10.0; compile the kernels
+test: env env-0.10 env-0.32 model ## run all tests on the CPU engines of vLLM 0.32.0, 0.12.0 and 0.10.0; compile the kernels
 	@status=0; \
 	$(VENV)/bin/python -m pytest -rs tests/cpu tests/engine || status=1; \
-	$(VENV_0_24)/bin/python -m pytest -rs tests/engine tests/cpu/hf || status=1; \
+	$(VENV_0_32)/bin/python -m pytest -rs tests/engine tests/cpu/hf || status=1; \
 	$(VENV_0_10)/bin/python -m pytest -rs tests/engine || status=1; \
 	$(COMPILE) || status=1; \
 	exit $$status
 
-compile: env ## compile the kernels for sm_80, sm_90 and sm_100 under three versions of Triton; needs no GPU
+compile: env ## compile the kernels for sm_80, sm_90 and sm_100 under five versions of Triton; needs no GPU
 	@$(COMPILE)
 
 lint: env ## check style and format
@@ -48,7 +48,7 @@ $(VENV_DOCS)/.stamp:
 	@touch $@
 
 clean: ## remove the environments, the model and what builds and tests left
-	rm -rf $(VENV) $(VENV_0_10) $(VENV_0_24) $(VENV_DOCS) .triton models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-0.* $(VENV_DOCS) .triton models build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 env:
@@ -57,13 +57,13 @@ env:
 env-0.10:
 	@scripts/setup_cpu_env.sh 0.10.0 $(VENV_0_10)
 
-env-0.24:
-	@scripts/setup_cpu_env.sh 0.24.0 $(VENV_0_24)
+env-0.32:
+	@scripts/setup_cpu_env.sh 0.32.0 $(VENV_0_32)
 
 model: $(MODEL)/config.json
 
 $(MODEL)/config.json: | env
 	@$(VENV)/bin/python scripts/fetch_model.py
 
-.PHONY: help demo test compile lint docs clean env env-0.10 env-0.24 model
+.PHONY: help demo test compile lint docs clean env env-0.10 env-0.32 model
 .DEFAULT_GOAL := help

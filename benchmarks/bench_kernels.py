@@ -82,7 +82,15 @@ class Stages:
     """The stages on fixed inputs, each callable alone."""
 
     def __init__(
-        self, q, k, v, page_size: int = 0, query_len: int = 0, lengths: tuple[int, ...] = (), piece_size: int = 8
+        self,
+        q,
+        k,
+        v,
+        page_size: int = 0,
+        query_len: int = 0,
+        lengths: tuple[int, ...] = (),
+        piece_size: int = 8,
+        beside: bool = False,
     ):
         total = k.shape[1]
         self.plain = (k, v)
@@ -92,7 +100,12 @@ class Stages:
         if page_size:
             pages = -(-total // page_size)
             order = torch.randperm(pages, device="cuda", dtype=torch.int32)
-            cache = torch.empty(2, pages, page_size, *k.shape[2:], device="cuda", dtype=k.dtype)
+            if beside:
+                heads, head_size = k.shape[2:]
+                cache = torch.empty(pages, page_size, heads, 2 * head_size, device="cuda", dtype=k.dtype)
+                cache = cache.split(head_size, dim=-1)
+            else:
+                cache = torch.empty(2, pages, page_size, *k.shape[2:], device="cuda", dtype=k.dtype)
             for n, x in enumerate((k, v)):
                 cache[n][order.long()] = x[0].view(pages, page_size, *k.shape[2:])
             self.kv = KeyValues(cache[0], cache[1], order[None].contiguous())
@@ -277,12 +290,13 @@ def dense_ms(stages: Stages, backend: SDPBackend, rep: int) -> float | None:
         return None
 
 
-def measure(case: Case, commit: str, piece_size: int) -> dict:
+def measure(case: Case, commit: str, piece_size: int, beside: bool = False) -> dict:
     """Check one case, time it, and return its row."""
     total = sum(case.lengths)
     q, k, v = structured_qkv(total, heads=case.heads, kv_heads=case.kv_heads, dim=case.head_size)
     lengths = case.lengths if len(case.lengths) > 1 else ()
-    stages = Stages(q, k, v, page_size=case.page_size, query_len=case.query_len, lengths=lengths, piece_size=piece_size)
+    how = dict(page_size=case.page_size, query_len=case.query_len, piece_size=piece_size, beside=beside)
+    stages = Stages(q, k, v, lengths=lengths, **how)
     alpha_for_density(stages, case.density)
     density = stages.density()
     error, ties, seen = stages.check()
@@ -332,6 +346,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=["table", "shapes"], default=["table"])
     parser.add_argument("--piece-size", type=int, default=FlashPrefillConfig.piece_size, help="(default: %(default)s)")
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="pages with a head's keys and values beside each other, as in vLLM 0.26.0 and newer; no row is written",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these total tokens")
     parser.add_argument("--commit", help="commit to name in the rows (default: $COMMIT, else git's)")
     parser.add_argument("--csv", type=Path, default=RESULTS / "kernels.csv")
@@ -340,8 +359,9 @@ def main() -> None:
     for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:
         if args.tokens and sum(case.lengths) not in args.tokens:
             continue
-        row = measure(case, commit, args.piece_size)
-        append_row(args.csv, row)
+        row = measure(case, commit, args.piece_size, args.beside)
+        if not args.beside:
+            append_row(args.csv, row)
         print({key: row[key] for key in list(row)[5:]}, flush=True)
         torch.cuda.empty_cache()
 

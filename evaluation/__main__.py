@@ -227,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--predict-last", type=int, default=1024, help="tokens of a text (default: %(default)s)")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="JSONL files or folders, instead of the tasks")
     parser.add_argument("--limit", type=int, default=20, help="records of each task in a file (default: %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
+    parser.add_argument("--chat", action="store_true", help="use the model's chat template, as kvpress' rows always do")
     parser.add_argument(
         "--alpha",
         type=alphas,

@@ -1,4 +1,4 @@
-"""From a record to the tokens that its own evaluation sends: plain, or in the model's chat template.
+"""From a record to its tokens, sent as its own evaluation sends them: plain, or in the model's chat template.
 
 The token for the beginning of a sequence comes once, also where the record's text begins with it.
 """
@@ -14,10 +14,13 @@ def encode(tokenizer: Any, record: Record, chat: bool) -> list[int]:
     """The prompt's tokens, the start of the answer among them.
 
     Raises:
-        BadData: with `chat`, a text that has been put into a chat template before.
+        BadData: a text that would be put into a chat template twice.
     """
+    if record.sent == "kvpress":
+        chat = getattr(tokenizer, "chat_template", None) is not None
     if chat and in_template(tokenizer, record.context or record.prompt):
-        raise BadData(f"{record.task}: these prompts are in a chat template already; leave --chat out")
+        instead = ", which kvpress' columns get here" if record.sent == "kvpress" else "; leave --chat out"
+        raise BadData(f"{record.task}: these prompts are in a chat template already{instead}")
     return SENT[record.sent](tokenizer, record, chat)
 
 
@@ -42,10 +45,13 @@ def lm_eval(tokenizer: Any, record: Record, chat: bool) -> list[int]:
 
 
 def kvpress(tokenizer: Any, record: Record, chat: bool) -> list[int]:
-    """kvpress' pipeline: the context by itself, then question and prefix, with a line's or a turn's end between."""
+    """kvpress' pipeline: the context by itself, then question and prefix, with a line's or a turn's end between.
+
+    It takes the chat template of each tokenizer that has one, and has no model think.
+    """
     if chat:
-        before, between = turn_around(tokenizer)
-        context = before + record.context
+        end = "What follows the context."
+        context, _, between = in_turn(tokenizer, record.context + end, enable_thinking=False).rpartition(end)
     else:
         bos, between = getattr(tokenizer, "bos_token", None) or "", "\n"
         context = record.context if bos and record.context.startswith(bos) else bos + record.context
@@ -63,10 +69,10 @@ def encode_once(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
 
 
-def in_turn(tokenizer: Any, text: str) -> str:
-    """A user's turn in the model's chat template, up to the answer."""
+def in_turn(tokenizer: Any, text: str, **options: Any) -> str:
+    """A user's turn in the model's chat template, which may have options, up to the answer."""
     turn = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False, **options)
 
 
 def turn_around(tokenizer: Any) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ class Row:
 
     @property
     def names(self) -> str:
-        return ", ".join(sorted(self.fields))
+        return ", ".join(sorted(name if name.isprintable() else repr(name) for name in self.fields))
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self.fields.get(name)
@@ -163,11 +164,19 @@ def kvpress(row: Row, task: str) -> Record:
         metric, _ = INFINITEBENCH[task]
     else:
         raise Unsupported(f"kvpress' {task!r}")
+    field = "answers" if "answers" in row else "answer"
+    expected = row.expected(field, metric, classes)
+    if metric == "choice":
+        # The question ends with the options, and the answer is a letter alone.
+        options = dict(re.findall(r"^([A-D])\. (.*)$", row.text("question"), re.MULTILINE))
+        if expected[0] not in options:
+            raise BadData(f"{field}: {_short(expected[0])} is no letter of the question's options")
+        expected = [options[expected[0]], expected[0]]
     return Record(
         task,
         row.text("question"),
         row.text("answer_prefix", ""),
-        row.expected("answers" if "answers" in row else "answer", metric, classes),
+        expected,
         metric,
         row.count("max_new_tokens") if "max_new_tokens" in row else _ruler_tokens(row, task),
         cut=False,
@@ -178,7 +187,9 @@ def kvpress(row: Row, task: str) -> Record:
 
 
 def helmet_ruler(row: Row, task: str) -> Record:
-    """HELMET's RULER: context, query or question, answer or outputs; some type_needle_v, num_v or example."""
+    """HELMET's RULER: context, query, or for qa question, answer or outputs; some type_needle_v, num_v or example."""
+    if "query" not in row and task.startswith(("niah", "vt")):
+        raise BadData(f"query: without it {task!r} is not of HELMET's RULER; the fields are {row.names}")
     query = row.text("query", row.text("question", ""))
     metric = "substring_exact_match" if task.startswith("qa") else "string_match_all"
     max_tokens = _ruler_tokens(row, task)
@@ -335,7 +346,7 @@ def read(path: Path, limit: int) -> tuple[list[Record], dict[str, list[str]]]:
 
 
 def files_at(path: Path) -> list[Path]:
-    """The JSONL files of a path, also those that a download has named passkey.jsonl?download=true.
+    """The JSONL files of a path, also those that a download has named passkey.jsonl?download=true, or compressed ones.
 
     Raises:
         BadData: there are none.
@@ -347,13 +358,17 @@ def files_at(path: Path) -> list[Path]:
         found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     except OSError as error:
         raise BadData(f"{path}: {error.strerror}") from None
-    files = [file for file in found if file.suffix.split("?")[0] == ".jsonl"]
+    # What is compressed is an error where it is read, not a task that is missing without a word.
+    packed = {file: file.with_suffix("") for file in found if file.suffix in COMPRESSED}
+    wanted = [file for file in found if packed.get(file) not in found]
+    files = [file for file in wanted if packed.get(file, file).suffix.split("?")[0] == ".jsonl"]
     if not files:
         others = ", ".join(sorted({file.suffix for file in found})) or "none at all"
         raise BadData(f"{path}: no .jsonl files in this folder; the files there are: {others}")
     return files
 
 
+COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst")
 # How files begin that are no text.
 KINDS = {
     b"\x1f\x8b": "compressed with gzip; unpack it",
@@ -363,7 +378,7 @@ KINDS = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
     b"PAR1": "a Parquet file; write its rows as JSON, one a line",
     b"ARROW1": "an Arrow file; write its rows as JSON, one a line",
-    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xff\xfe": "UTF-16 or UTF-32; save it as UTF-8",
     b"\xfe\xff": "UTF-16; save it as UTF-8",
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself",
     b"[": "a JSON list; write its records one a line",
@@ -382,12 +397,14 @@ def rows(file: Path) -> Iterator[tuple[int, Row]]:
             for number, line in enumerate(lines, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
+                if not line.strip():
+                    continue
+                if not found:
                     what = next((what for start, what in KINDS.items() if line.lstrip().startswith(start)), None)
                     if what is not None:
                         raise BadData(f"{file}: this is {what}")
-                if line.strip():
-                    found = True
-                    yield number, _row(line)
+                found = True
+                yield number, _row(line)
     except OSError as error:
         raise BadData(f"{file}: {error.strerror}") from None
     except _NoRow as error:
@@ -401,6 +418,8 @@ class _NoRow(Exception):
 
 
 def _row(line: bytes) -> Row:
+    if b"\0" in line:
+        raise _NoRow("bytes of 0, as UTF-16 or a damaged file has; save it as UTF-8")
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:

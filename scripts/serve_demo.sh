@@ -4,7 +4,7 @@
 #     scripts/serve_demo.sh [--keep] [MODEL] [further arguments of vllm serve]
 #
 # MODEL is SmolLM2-135M-Instruct in models/ unless given. --keep leaves the server running.
-# PYTHON names the Python that has vLLM: by default python3, else that of .venv-0.24.0 or .venv.
+# PYTHON names the Python that has vLLM: by default python3, else that of .venv-0.32.0 or .venv.
 # TOKENS is about how long the prompt is (default 6000), PORT the server's (default 8000).
 set -euo pipefail
 
@@ -24,7 +24,7 @@ model=$root/models/SmolLM2-135M-Instruct
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then model=$1; shift; fi
 
 python=
-for candidate in ${PYTHON:+"$PYTHON"} python3 "$root/.venv-0.24.0/bin/python" "$root/.venv/bin/python"; do
+for candidate in ${PYTHON:+"$PYTHON"} python3 "$root/.venv-0.32.0/bin/python" "$root/.venv/bin/python"; do
     if has_both "$candidate"; then python=$candidate; break; fi
 done
 [ -n "$python" ] || fail "no Python with vLLM and this package; 'make demo' sets one up, or set PYTHON"

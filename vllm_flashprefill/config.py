@@ -50,7 +50,8 @@ ENV_ENABLE = "FLASHPREFILL"
 ENV_CODE_OPTIONS = "FLASHPREFILL_CODE_OPTIONS"
 ENV_LOG_STATS = "FLASHPREFILL_LOG_STATS"
 ENV_STATS_DIR = "FLASHPREFILL_STATS_DIR"
-_ENV_RESERVED = {ENV_CODE_OPTIONS, ENV_LOG_STATS, ENV_STATS_DIR}
+ENV_STRICT = "FLASHPREFILL_STRICT"
+_ENV_RESERVED = {ENV_CODE_OPTIONS, ENV_LOG_STATS, ENV_STATS_DIR, ENV_STRICT}
 # What Kubernetes puts into every container of a namespace that has a Service named flashprefill or flashprefill-...
 _ENV_KUBERNETES = re.compile(
     rf"{ENV_PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
@@ -180,9 +181,22 @@ def enabled(environ: Mapping[str, str] = os.environ) -> bool:
     Raises:
         ValueError: it is neither unset, empty, 0 nor 1.
     """
-    value = environ.get(ENV_ENABLE, "")
+    return _switch(ENV_ENABLE, environ)
+
+
+def strict(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``FLASHPREFILL_STRICT`` asks for an error where vLLM is not as expected, in place of dense attention.
+
+    Raises:
+        ValueError: it is neither unset, empty, 0 nor 1.
+    """
+    return _switch(ENV_STRICT, environ)
+
+
+def _switch(name: str, environ: Mapping[str, str]) -> bool:
+    value = environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"flashprefill: {ENV_ENABLE} must be 0 or 1, not {value!r}")
+        raise ValueError(f"flashprefill: {name} must be 0 or 1, not {value!r}")
     return value == "1"
 
 
@@ -269,7 +283,10 @@ def _check_additional_keys(additional: Mapping[str, Any]) -> None:
         if key == ADDITIONAL_CONFIG_KEY:
             continue
         plain = re.sub("[^a-z]", "", str(key).lower())
-        if ADDITIONAL_CONFIG_KEY in plain or difflib.get_close_matches(plain, [ADDITIONAL_CONFIG_KEY], cutoff=0.85):
+        # Two letters more or less: flash_mla_prefill is something else.
+        near = abs(len(plain) - len(ADDITIONAL_CONFIG_KEY)) <= 2
+        misspelt = near and difflib.get_close_matches(plain, [ADDITIONAL_CONFIG_KEY], cutoff=0.85)
+        if ADDITIONAL_CONFIG_KEY in plain or misspelt:
             raise ValueError(f"flashprefill: unknown key {key!r}; did you mean {ADDITIONAL_CONFIG_KEY!r}? {right}")
         # Another plugin may well have an alpha or a block_size.
         if "_" in str(key) and key in OPTIONS and key != "block_size":

@@ -4,8 +4,11 @@ from vllm_flashprefill.config import enabled
 
 
 def register() -> None:
-    """Register the backend if ``FLASHPREFILL=1``. vLLM may call this more than once in a process."""
+    """Register the backend if ``FLASHPREFILL=1``. vLLM may call this more than once in a process.
+
+    A vLLM that is not as expected serves dense, after one line that says what is missing.
+    """
     if enabled():
         from vllm_flashprefill.patches import registration
 
-        registration.register()
+        registration.register_or_stay_dense()

@@ -16,6 +16,7 @@ class DenseReason(str, enum.Enum):
     NOTHING_TO_PRUNE = "nothing_to_prune"
     # of a step
     NOT_PLANNED = "not_planned"
+    UNKNOWN_BATCH = "unknown_batch"
     # of a layer
     DENSE_LAYER = "dense_layer"
     ENCODER = "encoder_attention"
@@ -32,6 +33,8 @@ class DenseReason(str, enum.Enum):
     DTYPE = "dtype"
     KV_CACHE_LAYOUT = "kv_cache_layout"
     KERNEL_FAILED = "kernel_failed"
+    SELF_CHECK = "self_check"
+    DRAFT = "draft"
     CPU_ARCHITECTURE = "cpu_architecture"
     # of a layer, for a while
     DENSITY = "density"

@@ -139,6 +139,8 @@ def test_bad_options_are_one_clear_error(options, message):
         "flash-prefill",
         "FLASHPREFILL",
         "flashprefil",
+        "flsahprefill",
+        "flash_pre_fill",
         "flashprefill_config",
     ],
 )
@@ -157,6 +159,7 @@ def test_an_option_outside_our_key_is_an_error():
 def test_keys_of_other_plugins_are_theirs():
     others = {
         "flashinfer": 1,
+        "flash_mla_prefill": 1,
         "flash_attn": 2,
         "prefill": 3,
         "ascend_scheduler_config": {},

@@ -65,9 +65,11 @@ def test_a_mixed_batch_gives_each_what_it_gets_alone(chunked, alone):
     assert stats.dense_tokens["decode"] >= 30 * 11
 
 
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-# Near the model's limit of 8K tokens on one vLLM, which takes the longest; half as far on the others.
-LENGTH = 7500 if vllm_version() == "0.24.0" else 4096
+# Tokens of a prompt, and where in it the fact is. One vLLM takes one near the model's limit of 8K too.
+PLACES = [(4096, depth) for depth in (0.9, 0.7, 0.5, 0.3, 0.1)]
+LONG_PLACES = [(7500, 0.5)] if vllm_version() == "0.32.0" else []
+# 0.10.0's libraries are quick in bfloat16; without instructions for it those of the others take six times as long.
+DTYPE = "bfloat16" if vllm_version() == "0.10.0" else "float32"
 
 
 def test_needles_are_found_wherever_dense_finds_them(text_ids, tokenizer, capfd):
@@ -79,31 +81,32 @@ def test_needles_are_found_wherever_dense_finds_them(text_ids, tokenizer, capfd)
     fact = f"\n\nThe secret code of the {name} is {code}. Remember it: the secret code of the {name} is {code}.\n\n"
     question = f"\n\nQuestion: What is the secret code of the {name}?\nAnswer: The secret code of the {name} is"
     fact, question = encode(fact), encode(question)
-    room = LENGTH - len(fact) - len(question)
-    body = text_ids[:room]
-    prompts = {d: body[: int(d * room)] + fact + body[int(d * room) :] + question for d in DEPTHS}
 
-    def misses(depths, options):
-        """The depths at which an engine misses the fact.
+    def prompt(length, depth):
+        room = length - len(fact) - len(question)
+        return text_ids[: int(depth * room)] + fact + text_ids[int(depth * room) : room] + question
+
+    def misses(places, options):
+        """The places at which an engine misses the fact.
 
         Deepest first: each prompt reuses the text before its fact, and its density is of what it computes itself.
         """
         missed = []
-        with engine(options, dtype="bfloat16", enable_prefix_caching=True, max_num_batched_tokens=8192) as generate:
-            for depth in sorted(depths, reverse=True):
-                (answer,), stats = generate([(prompts[depth], 6)])
+        with engine(options, dtype=DTYPE, enable_prefix_caching=True, max_num_batched_tokens=8192) as generate:
+            for length, depth in places:
+                (answer,), stats = generate([(prompt(length, depth), 6)])
                 found = code in answer["text"]
                 density = "dense" if options is None else f"density {stats.density:.1%}"
-                print(f"\n  {LENGTH} tokens, fact at {depth:.0%}: {density}, {'found' if found else 'missed'}", end="")
+                print(f"\n  {length} tokens, fact at {depth:.0%}: {density}, {'found' if found else 'missed'}", end="")
                 assert options is None or stats.density < 0.9
                 if not found:
-                    missed.append(depth)
+                    missed.append((length, depth))
         print()
         return missed
 
     with capfd.disabled():
         # The later prompts too are to be sparse, although some layers keep more of them than pays.
-        missed = misses(DEPTHS, {"max_density": 1.0})
-        assert len(missed) < len(DEPTHS), "where nothing is found, nothing is tested"
+        missed = misses(PLACES + LONG_PLACES, {"max_density": 1.0})
+        assert not set(PLACES).issubset(missed), "where nothing is found, nothing is tested"
         if missed:
             assert misses(missed, None) == missed, "dense finds what sparse missed"

@@ -99,6 +99,10 @@ class Step:
         shape = self.pair.shape
 
         def set_layout(name):
+            if not hasattr(utils, "set_kv_cache_layout"):
+                cache_config = self.pair.ours.builder.vllm_config.cache_config
+                cache_config.kv_cache_layout = {"HND": "LBHNC", "NHD": "LBNHC", None: "LBNHC"}[name]
+                return
             utils.set_kv_cache_layout(name)
             getattr(utils.get_kv_cache_layout, "cache_clear", lambda: None)()
 

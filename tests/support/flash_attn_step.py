@@ -8,11 +8,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from tests.support.attention import exact_attention
 from tests.support.engines import vllm_version
 from tests.support.request import Request, structured
-from tests.support.vllm_side import Shape, Side, common_fields, common_metadata, common_values, counted, our_backend
+from tests.support.vllm_side import (
+    Shape,
+    Side,
+    common_fields,
+    common_metadata,
+    common_values,
+    counted,
+    heads_before_tokens,
+    our_backend,
+)
 from vllm_flashprefill import counters
 from vllm_flashprefill.backend import prompt_lengths
 from vllm_flashprefill.config import FlashPrefillConfig
@@ -23,17 +33,21 @@ DTYPE = torch.bfloat16
 BARE = {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0, "min_sparse_tokens": 300}
 EXACT = FlashPrefillConfig(alpha=0.0, **BARE)
 SPARSE = FlashPrefillConfig(alpha=0.4, **{**BARE, "num_dense_tail_blocks": 1})
-# Which dimension of a cache is of keys and values.
-KV_DIM = our_backend().get_kv_cache_shape(16, 16, KV_HEADS, HEAD_SIZE).index(2)
 
 
 def new_cache(num_pages, page_size, heads_first=False):
     """A cache laid out as vLLM's, and its [2, num_pages, page_size, G, D] view."""
+    if heads_before_tokens():
+        cache = torch.full((num_pages, KV_HEADS, page_size, 2 * HEAD_SIZE), torch.nan, dtype=DTYPE)
+        if not heads_first:
+            cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+        return cache, cache.transpose(1, 2).unflatten(-1, (2, HEAD_SIZE)).movedim(-2, 0)
     shape = our_backend().get_kv_cache_shape(num_pages, page_size, KV_HEADS, HEAD_SIZE)
     cache = torch.full(shape, torch.nan, dtype=DTYPE)
     if heads_first:
         cache = cache.transpose(2, 3).contiguous().transpose(2, 3)
-    return cache, cache.movedim(KV_DIM, 0)
+    # Which dimension is of keys and values.
+    return cache, cache.movedim(shape.index(2), 0)
 
 
 @dataclass
@@ -191,7 +205,7 @@ modest = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
-since_0_24 = pytest.mark.skipif(vllm_version() in ("0.10.0", "0.12.0"), reason="vLLM 0.24.0 has it")
+since_0_24 = pytest.mark.skipif(Version(vllm_version()) < Version("0.24"), reason="vLLM 0.24.0 has it")
 
 
 def needs(*fields):

@@ -47,6 +47,7 @@ def make_batch(
     kv_dtype=None,
     kv_scales="none",
     heads_first=False,
+    beside=False,
     fused_qkv=False,
     device="cpu",
     seed=0,
@@ -54,7 +55,8 @@ def make_batch(
     slab_bytes=None,
 ):
     """kv_dtype: the e4m3 dtype of the cache, if it is one. kv_scales: its scales, "none", "one" or one a "head".
-    heads_first: pages hold head after head. fused_qkv: q is a part of the rows of one projection's output."""
+    heads_first: pages hold head after head. beside: a head's keys and values lie beside each other. fused_qkv: q is a
+    part of the rows of one projection's output."""
     device = torch.device(device)
     parts = [
         structured(
@@ -87,6 +89,11 @@ def make_batch(
     if page_size:
         k, block_table = paged(keys, page_size, seed=seed, heads_first=heads_first)
         v, _ = paged(values, page_size, seed=seed, heads_first=heads_first)
+        if beside:
+            cache = torch.cat([k, v], dim=-1)
+            if heads_first:
+                cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+            k, v = cache.split(dim, dim=-1)
     else:
         k, v = torch.cat(keys)[None], torch.cat(values)[None]
     if kv_dtype is not None:

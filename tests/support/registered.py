@@ -4,16 +4,22 @@ import importlib
 import os
 
 from tests.support.engines import vllm_version
+from vllm_flashprefill.patches.versions import loader_for
 
 VERSION = vllm_version()
-LOADER = f"patch_loader_vllm_{VERSION.replace('.', '_')}"
+LOADER = loader_for(VERSION)
 
 
 def registry():
     """vLLM's module of attention backends; 0.10.0 has none."""
-    paths = {"0.10.0": None, "0.12.0": "vllm.attention.backends.registry"}
-    path = paths.get(VERSION, "vllm.v1.attention.backends.registry")
-    return path and importlib.import_module(path)
+    if LOADER == "patch_loader_vllm_0_10_0":
+        return None
+    return importlib.import_module(f"{attention()}.backends.registry")
+
+
+def attention():
+    """vLLM's package with the registry and the selector of attention backends."""
+    return "vllm.attention" if LOADER == "patch_loader_vllm_0_12_0" else "vllm.v1.attention"
 
 
 def patched():

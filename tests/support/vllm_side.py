@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from vllm_flashprefill import counters
-from vllm_flashprefill.patches.versions import installed_vllm
+from vllm_flashprefill.patches.versions import installed_vllm, support_for
 
 MAX_TOKENS = 8192
 LAYER = "model.layers.1.self_attn.attn"
@@ -78,8 +78,13 @@ def vllm_config(heads, kv_heads, head_size, dtype, kv_cache_dtype, full_graphs):
 
 def our_backend():
     """FlashPrefill's FlashAttention backend for the installed vLLM."""
-    name = f"vllm_flashprefill.patches.vllm_{installed_vllm().replace('.', '_')}_flash_attn"
-    return importlib.import_module(name).FlashPrefillFlashAttnBackend
+    module = f"vllm_flashprefill.patches.{support_for(installed_vllm()).flash_attn}"
+    return importlib.import_module(module).FlashPrefillFlashAttnBackend
+
+
+def heads_before_tokens():
+    """Whether a cache is [pages, G, page size, 2 * D] in this vLLM, as it is from 0.26.0 on."""
+    return support_for(installed_vllm()).flash_attn == "vllm_0_26_0_flash_attn"
 
 
 class Side:
@@ -95,6 +100,9 @@ class Side:
         self.vllm_config = config = vllm_config(
             shape.heads, shape.kv_heads, shape.head_size, shape.dtype, shape.kv_cache_dtype, full_graphs
         )
+        if hasattr(config.cache_config, "get_resolved_kv_cache_layout"):
+            # vLLM's default, which an engine works out when all its layers are there.
+            config.cache_config.kv_cache_layout = "LBNHC"
         spec = dict(
             block_size=shape.page_size,
             num_kv_heads=shape.kv_heads,

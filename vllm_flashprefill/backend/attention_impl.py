@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any
 
 import torch
@@ -9,14 +11,15 @@ import torch
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.builder import FlashPrefillStep
 from vllm_flashprefill.backend.density_guard import DensityGuard
-from vllm_flashprefill.backend.device_counts import LayerCounts, device_counts
-from vllm_flashprefill.backend.layer_routing import layer_dense_reason
-from vllm_flashprefill.backend.stage_times import stage_times
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.backend.device_counts import LayerCounts, NoCounts, device_counts
+from vllm_flashprefill.backend.layer_routing import impl_dense_reason, layer_dense_reason
+from vllm_flashprefill.config import FlashPrefillConfig, strict
 from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.routing import DenseReason
+
+logger = logging.getLogger("vllm.flashprefill")
 
 
 class FlashPrefillImplMixin:
@@ -27,13 +30,15 @@ class FlashPrefillImplMixin:
 
     Attributes:
         dense_forward_writes_kv: whether vLLM's `forward` must be given keys and values, which it then writes again.
+        self_check_failed: whether this kind of layer got something other than vLLM's own attention at alpha 0.
     """
 
     dense_forward_writes_kv = False
+    self_check_failed = False
     # Where the kernels' scratch comes from; the CPU's stages allocate theirs.
     _workspace: Workspace | None = None
     # Made at the layer's first sparse step, which knows the device.
-    _counts: LayerCounts | None = None
+    _counts: LayerCounts | NoCounts | None = None
     _density_guard: DensityGuard | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +46,7 @@ class FlashPrefillImplMixin:
 
         super().__init__(*args, **kwargs)
         self.flashprefill_config = FlashPrefillConfig.from_vllm(get_current_vllm_config())
+        self.is_draft = in_draft_model()
         self._dense_reason_known = False
         self._dense_reason: DenseReason | None = None
 
@@ -63,11 +69,11 @@ class FlashPrefillImplMixin:
         """Whether this step has sparse requests for this layer; counts its tokens that are dense."""
         step = getattr(attn_metadata, "flashprefill", None)
         if not self._dense_reason_known:
-            self._dense_reason = self.dense_reason(layer, kv_cache, attn_metadata)
+            self._dense_reason = self._first_reason(layer, query, kv_cache, attn_metadata)
             self._dense_reason_known = True
         reason = self._dense_reason
         if reason is None and step is None:
-            reason = DenseReason.NOT_PLANNED
+            reason = getattr(attn_metadata, "flashprefill_reason", DenseReason.NOT_PLANNED)
         if reason is not None:
             # Rows of padding may follow the batch's own.
             num_tokens = getattr(attn_metadata, "num_actual_tokens", query.shape[0])
@@ -84,6 +90,25 @@ class FlashPrefillImplMixin:
             recorder().add_dense(DenseReason.DENSITY, step.plan.num_sparse_tokens)
             return False
         return True
+
+    def _first_reason(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any
+    ) -> DenseReason | None:
+        """Why this layer is always dense, or None, now that its cache is seen for the first time."""
+        try:
+            reason = self.dense_reason(layer, kv_cache, attn_metadata)
+            k_cache = kv_cache if reason is not None else self.paged_kv(kv_cache)[0]
+        except Exception as error:
+            if strict():
+                raise
+            shape = tuple(kv_cache.shape)
+            logger.error("FlashPrefill: a layer stays dense, since its cache is %s: %s", shape, error)
+            return DenseReason.SELF_CHECK
+        if reason is None and k_cache.dtype != query.dtype:
+            return DenseReason.DTYPE
+        if reason is None and k_cache.shape[2:] != (self.num_kv_heads, self.head_size):
+            return DenseReason.KV_CACHE_LAYOUT
+        return reason
 
     def forward_sparse(
         self,
@@ -131,7 +156,7 @@ class FlashPrefillImplMixin:
             out=out,
             block_counts=self._counts.blocks,
             workspace=self._workspace,
-            mark=stage_times(q.device).next_layer(),
+            mark=self._counts.next_mark(),
         )
         self._counts.step_done(step.plan, self.num_heads)
         return out.view(query.shape) if output is None else output
@@ -155,7 +180,15 @@ class FlashPrefillImplMixin:
 
     def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: Any) -> DenseReason | None:
         """Why this layer is always dense, or None. Asked at its first step."""
+        if self.is_draft:
+            return DenseReason.DRAFT
+        if self.self_check_failed:
+            return DenseReason.SELF_CHECK
         return layer_dense_reason(self, getattr(layer, "layer_name", ""), self.flashprefill_config)
+
+    def never_sparse(self) -> bool:
+        """Whether this layer is dense whatever its cache and the steps are."""
+        return self.is_draft or impl_dense_reason(self) is not None
 
     def write_kv(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any
@@ -176,3 +209,10 @@ class KVWrittenBeforeMixin:
 
     def write_kv(self, *args: Any) -> None:
         pass
+
+
+def in_draft_model() -> bool:
+    """Whether vLLM is making the layers of a draft model, which it then tags."""
+    # Where this module is not imported there is no tag; in 0.10.0's CPU engine it cannot be.
+    tag = getattr(sys.modules.get("vllm.compilation.backends"), "model_tag", "")
+    return tag.endswith("_head") or tag in ("draft_model", "extract_hidden_states")

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_flashprefill.device import upload
+
+
+def batch_class(builder_class: type) -> type:
+    """vLLM's ``CommonAttentionMetadata``, as the module of the vLLM class that a builder of ours goes before has it.
+
+    Raises:
+        AttributeError: it has none.
+    """
+    return sys.modules[vllms_class(builder_class).__module__].CommonAttentionMetadata
+
+
+def vllms_class(ours: type) -> type:
+    """The vLLM class that one of ours goes before."""
+    return next(cls for cls in ours.__mro__ if cls.__module__.startswith("vllm."))
+
+
+# Where the host has the lengths of sequences, best first.
+HOST_LENGTHS = ("_seq_lens_cpu", "seq_lens_cpu", "seq_lens_cpu_upper_bound")
 
 
 def host_seq_lens(common: Any) -> torch.Tensor | None:
@@ -18,7 +38,7 @@ def host_seq_lens(common: Any) -> torch.Tensor | None:
     bound alone, which counts all of them, and its property ``seq_lens_cpu`` would wait for a copy from the device.
     """
     fields = vars(common)
-    for name in ("_seq_lens_cpu", "seq_lens_cpu", "seq_lens_cpu_upper_bound"):
+    for name in HOST_LENGTHS:
         if fields.get(name) is not None:
             return fields[name]
     return None
@@ -39,6 +59,47 @@ def first_request(common: Any) -> int:
     """
     table = common.block_table_tensor
     return table.storage_offset() // table.stride(0) if table.stride(0) else 0
+
+
+# Of a batch, what holds for all of it, so for each part; and what vLLM has worked out of it when asked.
+_OF_THE_BATCH = {"causal", "logits_indices_padded", "num_logits_indices", "max_logits_per_req"}
+_WORKED_OUT = {
+    "_seq_lens_cpu",
+    "_num_computed_tokens_cpu",
+    "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+}
+# Of each request, on the host.
+_OF_EACH_REQUEST = {"is_prefilling", "req_idx", "replayssm_decode_base_cpu"}
+# What `select_requests` works out anew.
+_SELECTED = {
+    "query_start_loc",
+    "query_start_loc_cpu",
+    "seq_lens",
+    "seq_lens_cpu",
+    "seq_lens_cpu_upper_bound",
+    "num_computed_tokens_cpu",
+    "num_reqs",
+    "num_actual_tokens",
+    "max_query_len",
+    "max_seq_len",
+    "block_table_tensor",
+    "slot_mapping",
+    "positions",
+    "mm_req_doc_ranges",
+}
+
+
+def unknown_fields(common: Any) -> list[str]:
+    """Names of what vLLM says of this batch that a part of it would not have right, or that may change attention."""
+    values = ((field, getattr(common, field.name)) for field in _other_fields(type(common)))
+    return [field.name for field, value in values if value is not None and value is not field.default]
+
+
+@functools.cache
+def _other_fields(batch_class: type) -> tuple[dataclasses.Field, ...]:
+    known = _OF_THE_BATCH | _WORKED_OUT | _OF_EACH_REQUEST | _SELECTED
+    return tuple(field for field in dataclasses.fields(batch_class) if field.name not in known)
 
 
 def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | torch.Tensor]:
@@ -78,13 +139,14 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | tor
         max_seq_len=int(seq_lens_cpu.max()),
         block_table_tensor=common.block_table_tensor[requests_device],
         slot_mapping=common.slot_mapping[rows],
-        # Made by vLLM 0.24.0 when asked for.
-        _seq_lens_cpu=None,
-        _num_computed_tokens_cpu=None,
-        _num_computed_tokens_cache=None,
+        # Ranges of images, of which a batch that is planned has none.
+        mm_req_doc_ranges=None,
+        **dict.fromkeys(_WORKED_OUT),
     )
-    if getattr(common, "is_prefilling", None) is not None:
-        changes["is_prefilling"] = common.is_prefilling[requests_cpu]
+    for name in _OF_EACH_REQUEST:
+        value = getattr(common, name, None)
+        if value is not None:
+            changes[name] = value[requests_cpu if torch.is_tensor(value) else requests]
     if getattr(common, "positions", None) is not None:
         changes["positions"] = common.positions[rows]
     known = {field.name for field in dataclasses.fields(common)}

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_flashprefill.backend.batch import first_request, host_is_prefilling, host_seq_lens, select_requests
+from vllm_flashprefill.backend.batch import (
+    first_request,
+    host_is_prefilling,
+    host_seq_lens,
+    select_requests,
+    unknown_fields,
+)
 from vllm_flashprefill.backend.layer_routing import check_layer_names
 from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
+from vllm_flashprefill.backend.self_check import check_layers
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.plan import EMPTY_PLAN, StepPlan, plan_step
+from vllm_flashprefill.routing import DenseReason
+
+logger = logging.getLogger("vllm.flashprefill")
+
+# Fields of vLLM's batches that a warning has named in this process.
+_named_fields: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +56,33 @@ NO_STEP = FlashPrefillStep(EMPTY_PLAN, None, None, None)
 class FlashPrefillBuilderMixin:
     """Goes before vLLM's metadata builder class; `build` adds a `FlashPrefillStep` to what vLLM built.
 
-    A step with no sparse request gets the metadata vLLM builds and nothing else is computed for it.
+    A step with no sparse request gets the metadata vLLM builds and nothing else is computed for it. A version's class
+    says how that vLLM lays out a cache (`new_cache`).
     """
+
+    _plans = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.watch_model_runners()
         self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
         check_layer_names(self.vllm_config.compilation_config.static_forward_context, self.flashprefill_config)
+        self.prepare_layers()
+        layers = list(self.own_layers())
+        # A draft model's, or those of a vLLM that is not as expected: what a plan reads may not be there either.
+        self._plans = not layers or not all(layer.impl.is_draft or layer.impl.self_check_failed for layer in layers)
+
+    def prepare_layers(self) -> None:
+        """What is done for this builder's layers before any request."""
+        check_layers(self)
+
+    def own_layers(self) -> Iterator[Any]:
+        """vLLM's layers that this builds metadata for, as far as they are ours; all in 0.10.0, which does not say."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in getattr(self, "layer_names", layers):
+            layer = layers.get(name)
+            if hasattr(getattr(layer, "impl", None), "flashprefill_config"):
+                yield layer
 
     def watch_model_runners(self) -> None:
         """Have this vLLM's model runners say how long prompts are."""
@@ -56,17 +90,42 @@ class FlashPrefillBuilderMixin:
 
         watch(GPUModelRunner)
 
+    def new_cache(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """A KV cache as this vLLM makes it, with anything in it."""
+        raise NotImplementedError
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         recorder().step_done()
         # A draft model's metadata is what vLLM builds fast, and alters from draft to draft: a plan would not follow.
-        if not fast_build and self._can_plan(common_attn_metadata):
-            metadata.flashprefill = self._plan_step(common_attn_metadata)
+        if not fast_build and self._plans and self.can_plan(common_attn_metadata):
+            unknown = unknown_fields(common_attn_metadata)
+            if unknown:
+                _name_fields(unknown)
+                metadata.flashprefill_reason = DenseReason.UNKNOWN_BATCH
+            else:
+                metadata.flashprefill = self._plan_step(common_attn_metadata)
         return metadata
 
-    def _can_plan(self, common: Any) -> bool:
+    def can_plan(self, common: Any) -> bool:
+        """Whether a batch's attention is what a plan is made for."""
         # Attention may be causal for all requests, none, or by request.
-        if getattr(common, "causal", True) is not True or getattr(common, "mm_req_doc_ranges", None) is not None:
+        if getattr(common, "causal", True) is not True:
+            return False
+        # Tokens of images that see each other both ways, by request; a batch of text alone may have empty lists.
+        if any((getattr(common, "mm_req_doc_ranges", None) or {}).values()):
+            return False
+        # A sliding window over what requests generate (R-SWA), whose lengths a part's metadata would write over the
+        # whole batch's.
+        if getattr(self, "rswa_window", None) is not None:
             return False
         # vLLM's builder for layers with static sinks puts tokens before each request that host lengths do not count.
         if getattr(self, "sink_len", 0):
@@ -106,3 +165,12 @@ class FlashPrefillBuilderMixin:
             part: the ``CommonAttentionMetadata`` of those requests alone.
         """
         return super().build(0, part)
+
+
+def _name_fields(fields: list[str]) -> None:
+    for field in fields:
+        if field not in _named_fields:
+            _named_fields.add(field)
+            logger.warning(
+                "FlashPrefill: batches in which vLLM sets %s stay dense, since it is not known what that means", field
+            )

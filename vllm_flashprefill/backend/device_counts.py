@@ -11,9 +11,11 @@ import atexit
 import functools
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
+from vllm_flashprefill.backend.stage_times import stage_times
 from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.plan import StepPlan
 
@@ -92,11 +94,28 @@ class LayerCounts:
         self._host = host
         self.arrived = host.numpy()
 
+    def next_mark(self) -> Callable[[], None] | None:
+        """What the layer calls between its stages where it is its turn to be timed."""
+        return stage_times(self.blocks.device).next_layer()
+
     def step_done(self, plan: StepPlan, num_heads: int) -> None:
         """Count a step's sparse requests, once the layer's kernels, which added to `blocks`, are launched."""
         recorder().add_sparse(plan.num_sparse_tokens, kept_blocks=0, visible_blocks=0, selection=0.0, attention=0.0)
         self._host.copy_(self.blocks, non_blocking=True)
         self._device_counts.expect(plan.visible_blocks * num_heads)
+
+
+class NoCounts:
+    """In the place of `LayerCounts` for what is no request's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.blocks = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def next_mark(self) -> None:
+        return None
+
+    def step_done(self, plan: StepPlan, num_heads: int) -> None:
+        pass
 
 
 @functools.cache

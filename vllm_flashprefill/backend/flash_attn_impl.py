@@ -47,6 +47,9 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
             )
         )
 
+    def never_sparse(self) -> bool:
+        return super().never_sparse() or not self.may_be_sparse or self.kernels_failed
+
     def dense_reason(self, layer: Any, kv_cache: torch.Tensor, attn_metadata: Any) -> DenseReason | None:
         if (reason := super().dense_reason(layer, kv_cache, attn_metadata)) is not None:
             return reason

@@ -27,23 +27,43 @@ class Matrix:
 
 
 def as_matrix(x: torch.Tensor) -> Matrix | None:
-    """x as a matrix, heads beside each other in a row or one below the other; None where its strides allow neither."""
+    """x as a matrix, its heads beside each other or one below the other; None where `no_matrix` says why."""
+    return None if no_matrix(x) else _matrix(x)
+
+
+def no_matrix(x: torch.Tensor) -> str | None:
+    """Why x cannot be a matrix that a tensor descriptor describes, in words; None where it can."""
+    if TensorDescriptor is None:
+        return "this Triton has no tensor descriptors (3.4 has)"
+    reason = _misfit(x)
+    return reason and f"the strides {x.stride()} of {x.dtype} have {reason}"
+
+
+def _misfit(x: torch.Tensor) -> str | None:
+    num_pages, _, num_heads, head_size = x.shape
+    batch_stride, row_stride, head_stride, _ = x.stride()
+    if x.data_ptr() % 16 or row_stride * x.element_size() % 16:
+        return "tokens that do not begin at multiples of 16 bytes"
+    if row_stride < head_size:
+        return "tokens that overlap"
+    if num_pages > 1 and batch_stride % row_stride:
+        return "pages of no whole number of tokens"
+    if num_heads > 1 and (0 < head_stride < head_size or (head_stride > row_stride and head_stride % row_stride)):
+        return "heads neither within a token's row nor whole rows apart"
+    rows, columns = _matrix(x).shape
+    if columns > row_stride:
+        return "heads of one token among those of the next"
+    return "2**31 rows or more" if rows >= 2**31 else None
+
+
+def _matrix(x: torch.Tensor) -> Matrix:
     a, b, num_heads, head_size = x.shape
     batch_stride, row_stride, head_stride, _ = x.stride()
-    if TensorDescriptor is None or x.data_ptr() % 16 or row_stride * x.element_size() % 16 or row_stride < head_size:
-        return None
-    batch_stride = batch_stride if a > 1 else b * row_stride
-    if batch_stride % row_stride:
-        return None
-    rows_per_batch = batch_stride // row_stride
-    if num_heads == 1 or head_stride == head_size:
-        rows_per_head, columns_per_head = 0, head_size
-    elif head_stride % row_stride == 0:
-        rows_per_head, columns_per_head = head_stride // row_stride, 0
-    else:
-        return None
+    rows_per_batch = batch_stride // row_stride if a > 1 else b
+    rows_per_head, columns_per_head = 0, head_size
+    if num_heads > 1:
+        beside = head_stride < row_stride
+        rows_per_head, columns_per_head = (0, head_stride) if beside else (head_stride // row_stride, 0)
     rows = (a - 1) * rows_per_batch + (num_heads - 1) * rows_per_head + b
     columns = (num_heads - 1) * columns_per_head + head_size
-    if rows >= 2**31 or columns > row_stride:
-        return None
     return Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)

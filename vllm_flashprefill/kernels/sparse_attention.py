@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 
 import torch
 import triton
@@ -11,15 +13,21 @@ import triton.language as tl
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
-from vllm_flashprefill.kernels.descriptors import Matrix, TensorDescriptor, as_matrix
+from vllm_flashprefill.kernels.descriptors import TensorDescriptor, as_matrix, no_matrix
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.key_values import KeyValues
 
 try:
     from vllm_flashprefill.kernels import sparse_attention_hopper as hopper
-except ImportError:  # Triton before 3.5
+except (ImportError, AttributeError):  # Triton before 3.5, or one that has renamed what the kernel uses
     hopper = None
+
+logger = logging.getLogger("vllm.flashprefill")
+
+# Launches that did not compile in this process.
+_broken: set[AttentionConfig] = set()
+_warned: set[tuple[str, int, str]] = set()
 
 LOG2_E = math.log2(math.e)
 
@@ -48,18 +56,19 @@ def _softmax_step(s, v, acc, row_max, row_sum, scale):
 
 @triton.jit(
     do_not_specialize=[
-        "first_item", "num_dense_items", "rows_per_batch", "stride_table", "stride_k_scale", "stride_v_scale",
+        "first_item", "num_dense_items", "rows_per_batch", "rows_per_head", "stride_table", "stride_k_scale",
+        "stride_v_scale",
     ]
 )  # fmt: skip
 def _sparse_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-    k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, scale,
+    k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, rows_per_head, scale,
     stride_qb: tl.int64, stride_qt, stride_qh, stride_ob: tl.int64, stride_ot, stride_oh,
     stride_kp: tl.int64, stride_kt, stride_kg, stride_vp: tl.int64, stride_vt, stride_vg,
     stride_table, stride_k_scale, stride_v_scale,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FP8_NATIVE: tl.constexpr,
-    USE_TMA: tl.constexpr, BY_HEAD: tl.constexpr, NUM_STAGES: tl.constexpr,
+    USE_TMA: tl.constexpr, KV_COLUMNS: tl.constexpr, BY_HEAD: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     work = tl.program_id(0)
     if BY_HEAD:
@@ -121,11 +130,12 @@ def _sparse_attention_kernel(
                 row = tl.load(table_row_ptr + start // PAGE_SIZE) * rows_per_batch + start % PAGE_SIZE
             else:
                 row = batch * rows_per_batch + kv_start + start
-            k = k_desc.load([row, kv_head * HEAD_SIZE])
+            row += kv_head * rows_per_head
+            k = k_desc.load([row, kv_head * KV_COLUMNS])
             if FP8:
                 k = from_e4m3(k, FP8_NATIVE)
             s = tl.dot(q, tl.trans(k))
-            v = v_desc.load([row, kv_head * HEAD_SIZE])
+            v = v_desc.load([row, kv_head * KV_COLUMNS])
             if FP8:
                 v = from_e4m3(v, FP8_NATIVE)
         else:
@@ -183,12 +193,52 @@ def sparse_attention(
         lists, counts: from `block_select`.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
+    head_size = q.shape[3]
+    choices = (launch,) if launch else attention_configs(q.device, head_size)
+    for choice in choices[:-1]:
+        if (misfit := _misfit(choice, q, kv)) is None:
+            try:
+                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, out)
+                return
+            except Exception as error:
+                _broken.add(choice)
+                misfit = f"{type(error).__name__}: {error}"
+        if misfit:
+            _warn_slower("Hopper" if choice.gluon else "TMA", head_size, misfit)
+    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, out)
+
+
+def _misfit(launch: AttentionConfig, q: torch.Tensor, kv: KeyValues) -> str | None:
+    """Why a configuration cannot take these tensors and pages; "" where another one is meant to, None where it can."""
+    if launch in _broken or (launch.gluon and kv.fp8):
+        return ""
+    if launch.gluon and hopper is None:
+        return f"Triton {triton.__version__} has no Gluon, or none that the kernel knows (3.5 to 3.9 have)"
+    k, v = kv.codes()
+    if (reason := no_matrix(k)) or (reason := no_matrix(v)):
+        return f"of keys or values, {reason}"
+    if k.stride() != v.stride():
+        return f"keys have the strides {k.stride()}, values {v.stride()}"
+    if launch.gluon:
+        return f"of queries, {reason}" if (reason := no_matrix(q)) else None
+    if kv.page_size % launch.block_n:
+        return f"its tiles of {launch.block_n} tokens need pages of a multiple of that, not of {kv.page_size}"
+    return None
+
+
+def _launch(
+    launch: AttentionConfig,
+    q: torch.Tensor,
+    kv: KeyValues,
+    schedule: Schedule,
+    slab: Slab,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> None:
     k, v = kv.codes()
     num_heads, head_size = q.shape[2:]
-    matrix = as_matrix(k) if k.stride() == v.stride() and as_matrix(v) else None
-    choices = (launch,) if launch else attention_configs(q.device, head_size)
-    q_matrix = as_matrix(q)
-    launch = next((c for c in choices if _fits(c, q_matrix, matrix, kv, head_size)), choices[-1])
     tables = (kv.block_table, schedule.requests, schedule.items, lists, counts)
     scale = softmax_scale * LOG2_E
     constants = dict(
@@ -201,23 +251,24 @@ def sparse_attention(
     )
     if launch.gluon:
         tables += (schedule.next_pair,)
-        hopper.sparse_attention_hopper(q, kv, out, slab, q_matrix, matrix, tables, scale, **constants)
+        hopper.sparse_attention_hopper(q, kv, out, slab, as_matrix(q), as_matrix(k), tables, scale, **constants)
         return
-    use_tma = launch.tma
+    matrix = as_matrix(k) if launch.tma else None
     tile = [launch.block_n, head_size]
     _sparse_attention_kernel[(slab.num_items * num_heads,)](
         q,
         k,
         v,
         out,
-        TensorDescriptor(k, matrix.shape, matrix.strides, tile) if use_tma else None,
-        TensorDescriptor(v, matrix.shape, matrix.strides, tile) if use_tma else None,
+        TensorDescriptor(k, matrix.shape, matrix.strides, tile) if matrix else None,
+        TensorDescriptor(v, matrix.shape, matrix.strides, tile) if matrix else None,
         *tables,
         kv.k_scale,
         kv.v_scale,
         slab.first_item,
         slab.num_dense_items,
-        matrix.rows_per_batch if use_tma else 0,
+        matrix.rows_per_batch if matrix else 0,
+        matrix.rows_per_head if matrix else 0,
         scale,
         *q.stride()[:3],
         *out.stride()[:3],
@@ -229,24 +280,17 @@ def sparse_attention(
         BLOCK_N=launch.block_n,
         FP8=kv.fp8,
         FP8_NATIVE=has_e4m3_instruction(q.device),
-        USE_TMA=use_tma,
+        USE_TMA=launch.tma,
+        KV_COLUMNS=matrix.columns_per_head if matrix else 0,
         BY_HEAD=launch.by_head,
         NUM_STAGES=launch.num_stages,
         **constants,
     )
 
 
-def _fits(
-    launch: AttentionConfig, q_matrix: Matrix | None, matrix: Matrix | None, kv: KeyValues, head_size: int
-) -> bool:
-    """Whether a configuration can take these strides, pages and keys."""
-    if not launch.tma:
-        return True
-    if matrix is None:
-        return False
-    if launch.gluon:
-        return not kv.fp8 and hopper is not None and q_matrix is not None
-    if kv.page_size % launch.block_n:
-        return False
-    # Heads beside each other: neither one below the other nor one for all.
-    return matrix.columns_per_head == head_size
+def _warn_slower(kernel: str, head_size: int, reason: str) -> None:
+    """Once for each reason, whatever its numbers."""
+    kind = kernel, head_size, re.sub(r"\d+", "", reason)
+    if kind not in _warned:
+        _warned.add(kind)
+        logger.warning("FlashPrefill: heads of %d take a slower kernel than the %s one: %s", head_size, kernel, reason)

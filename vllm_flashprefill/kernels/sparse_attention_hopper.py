@@ -37,6 +37,11 @@ from vllm_flashprefill.key_values import KeyValues
 # Triton 3.5 takes the default partition, the workers and their arguments apart.
 _TRITON_3_5 = gl.constexpr("default_partition" in inspect.signature(gl.warp_specialize).parameters)
 
+# Triton 3.7 to 3.9 gave these other names.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
 STAGES = gl.constexpr(2)
 
 # Columns of a swizzled row, 128 bytes.
@@ -97,12 +102,12 @@ def _copy_tile(desc, rows, column, ready, buffer, BLOCK: gl.constexpr, BOX: gl.c
     """Bring a tile's boxes, [BOX, PANEL] each, to their places in it: panels of columns lie one after another."""
     PANEL: gl.constexpr = desc.block_type.shape[1]
     gl.static_assert(desc.block_type.shape[0] == BOX)
-    panels = buffer._reinterpret(buffer.dtype, [HEAD_SIZE // PANEL * BLOCK, PANEL], buffer.layout)
+    panels = _reinterpret(buffer, buffer.dtype, [HEAD_SIZE // PANEL * BLOCK, PANEL], buffer.layout)
     mbarrier.expect(ready, BLOCK * HEAD_SIZE * buffer.dtype.primitive_bitwidth // 8)
     for n in gl.static_range(BLOCK // BOX):
         for panel in gl.static_range(HEAD_SIZE // PANEL):
             place = panels.slice(panel * BLOCK + n * BOX, BOX, dim=0)
-            tma.async_copy_global_to_shared(desc, [rows[n], column + panel * PANEL], ready, place)
+            _async_load(desc, [rows[n], column + panel * PANEL], ready, place)
 
 
 @gluon.jit
@@ -148,10 +153,10 @@ def _producer(
 
         mbarrier.wait(q_free, (done + 1) & 1)
         pair_buffer.store(gl.full([1], pair, gl.int32, one))
-        gl.thread_barrier()
+        _barrier()
         mbarrier.expect(q_ready, q_bytes)
-        tma.async_copy_global_to_shared(q_desc, [q_row, head * Q_COLUMNS], q_ready, q_buffers.index(0))
-        tma.async_copy_global_to_shared(q_desc, [q_row + BLOCK // 2, head * Q_COLUMNS], q_ready, q_buffers.index(1))
+        _async_load(q_desc, [q_row, head * Q_COLUMNS], q_ready, q_buffers.index(0))
+        _async_load(q_desc, [q_row + BLOCK // 2, head * Q_COLUMNS], q_ready, q_buffers.index(1))
 
         # Keys of tile t, then values of tile t - 1: the order in which they are needed.
         # Triton would not carry v_block around the loop if it began as the same value as k_block.
@@ -184,7 +189,7 @@ def _producer(
         done += 1
     mbarrier.wait(q_free, (done + 1) & 1)
     pair_buffer.store(gl.full([1], -1, gl.int32, one))
-    gl.thread_barrier()
+    _barrier()
     mbarrier.arrive(q_ready, count=1)
 
 

@@ -1,4 +1,4 @@
-"""The KV cache of CPU_ATTN in vLLM 0.12.0 and newer: pages of each head, which vLLM's kernel orders as it likes."""
+"""The KV cache of CPU_ATTN in vLLM 0.11.1 and newer: pages of each head, which vLLM's kernel orders as it likes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 
 from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
 from vllm_flashprefill.backend.builder import FlashPrefillBuilderMixin
@@ -18,7 +18,13 @@ from vllm_flashprefill.routing import DenseReason
 
 
 class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, CPUAttentionMetadataBuilder):
-    pass
+    def new_cache(self, num_pages, page_size, num_kv_heads, head_size, dtype, device) -> torch.Tensor:
+        # Not said any more from 0.29.0 on.
+        if hasattr(CPUAttentionBackend, "get_kv_cache_shape"):
+            shape = CPUAttentionBackend.get_kv_cache_shape(num_pages, page_size, num_kv_heads, head_size)
+        else:
+            shape = num_pages, num_kv_heads, page_size, 2 * head_size
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 class CPUAttnCacheImplMixin(FlashPrefillImplMixin):
@@ -29,12 +35,20 @@ class CPUAttnCacheImplMixin(FlashPrefillImplMixin):
             return reason
         if attn_metadata.use_sdpa_prefill:
             return DenseReason.CPU_ARCHITECTURE
-        isa = getattr(attn_metadata, "isa", None) or self.isa
+        isa = self._isa(layer, attn_metadata)
         page_size = self.split_kv(kv_cache)[0].shape[2]
         self._layouts = _layouts(isa, page_size, self.head_size, kv_cache.dtype)
         if page_size % PAGE_SIZE_MULTIPLE or None in self._layouts:
             return DenseReason.KV_CACHE_LAYOUT
         return None
+
+    def _isa(self, layer: Any, attn_metadata: Any) -> str:
+        """Which instructions vLLM's kernels use; in its metadata up to 0.23, its impl to 0.28, then in the layer."""
+        return next(owner.isa for owner in (attn_metadata, self, layer) if hasattr(owner, "isa"))
+
+    def write_kv(self, layer, key, value, kv_cache, attn_metadata) -> None:
+        cache, slots = self.split_kv(kv_cache), attn_metadata.slot_mapping
+        ops.cpu_attn_reshape_and_cache(key, value, *cache, slots, self._isa(layer, attn_metadata))
 
     def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [num_pages, G, page_size, D] each."""
@@ -43,6 +57,14 @@ class CPUAttnCacheImplMixin(FlashPrefillImplMixin):
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = (_by_token(cache, layout) for cache, layout in zip(self.split_kv(kv_cache), self._layouts, strict=True))
         return k, v
+
+
+class HeadwiseCacheMixin:
+    """A cache of [num_pages, G, page_size, 2 * D] in shape; in memory a head's keys of a page, then its values."""
+
+    def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_pages, num_kv_heads, page_size, _ = kv_cache.shape
+        return kv_cache.view(num_pages, num_kv_heads, 2 * page_size, -1).chunk(2, dim=2)
 
 
 def _by_token(cache: torch.Tensor, layout: str) -> torch.Tensor:

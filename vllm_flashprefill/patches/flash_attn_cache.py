@@ -1,12 +1,16 @@
-"""FlashAttention's KV cache: how vLLM makes one, and the one of 0.10.0 and 0.12.0, which `forward` writes."""
+"""FlashAttention's KV cache: how vLLM makes one, and the one of 0.10.0 to 0.14, which `forward` writes."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import torch
 from vllm.v1.attention.backends import flash_attn
 
 from vllm_flashprefill.backend.flash_attn_builder import FlashAttnBuilderMixin
 from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
+from vllm_flashprefill.device import upload
 
 
 class FlashAttnCacheMetadataBuilder(FlashAttnBuilderMixin, flash_attn.FlashAttentionMetadataBuilder):
@@ -16,6 +20,23 @@ class FlashAttnCacheMetadataBuilder(FlashAttnBuilderMixin, flash_attn.FlashAtten
         order = backend.get_kv_cache_stride_order()
         cache = torch.empty([shape[dim] for dim in order], dtype=dtype, device=device)
         return cache.permute([order.index(dim) for dim in range(len(order))])
+
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        """The step's metadata for the next of several groups of layers, which have caches of their own.
+
+        vLLM 0.14 and newer ask for it.
+        """
+        updated = super().update_block_table(metadata, blk_table, slot_mapping)
+        step = getattr(metadata, "flashprefill", None)
+        if step is not None:
+            dense_metadata = step.dense_metadata
+            if dense_metadata is not None:
+                requests = upload(torch.from_numpy(step.plan.dense), blk_table.device)
+                dense_metadata = super().update_block_table(
+                    dense_metadata, blk_table[requests], slot_mapping[step.dense_rows]
+                )
+            updated.flashprefill = dataclasses.replace(step, block_table=blk_table, dense_metadata=dense_metadata)
+        return updated
 
 
 class FlashAttnCacheImplMixin(FlashAttnImplMixin):

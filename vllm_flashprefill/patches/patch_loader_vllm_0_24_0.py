@@ -1,10 +1,10 @@
-"""Registers FlashPrefill with vLLM 0.24.0 when imported.
+"""Registers FlashPrefill with vLLM 0.24.0 and 0.25 when imported.
 
 Target: the class paths of CPU_ATTN, FLASH_ATTN and CUSTOM in ``vllm.v1.attention.backends.registry``.
 Why: the platform answers with these names, so every layer for which vLLM would choose its CPU or FlashAttention
 backend gets ours, which subclasses it; layers for which it chooses another backend are untouched.
 How: ``register_backend(..., class_path=)``. CUSTOM makes ``--attention-backend CUSTOM`` work too.
-Can go: with support for 0.24.0.
+Can go: with support for 0.24.0 and 0.25.
 """
 
 from vllm_flashprefill.patches.registration import revert

@@ -20,9 +20,16 @@ from vllm_flashprefill.config import (
     code_options,
     enabled,
     log_interval,
+    strict,
 )
 from vllm_flashprefill.patches import engine_checks, undo
-from vllm_flashprefill.patches.versions import LOADERS, installed_vllm, loader_for
+from vllm_flashprefill.patches.versions import (
+    TESTED,
+    UnsupportedVllmError,
+    check_installation,
+    installed_vllm,
+    loader_for,
+)
 
 logger = logging.getLogger("vllm.flashprefill")
 
@@ -52,6 +59,20 @@ def register(options: Mapping[str, Any] | None = None) -> None:
         raise
 
 
+def register_or_stay_dense() -> None:
+    """`register` for a process that vLLM started: where the installed vLLM is not as expected, it serves dense.
+
+    Raises:
+        UnsupportedVllmError: ``FLASHPREFILL_STRICT=1``.
+    """
+    try:
+        register()
+    except UnsupportedVllmError as error:
+        if strict():
+            raise
+        logger.error("FlashPrefill is off and vLLM serves dense: %s", error)
+
+
 def load(loader_name: str, apply: Callable[[], None]) -> None:
     """Run a loader's `apply` once, after the checks that need no model; its children will do the same.
 
@@ -62,8 +83,10 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     Raises:
         ValueError: an unknown variable or option, a wrong type or a value out of range.
         RuntimeError: the wrong loader for the installed vLLM, or one whose processes would not find the plugin.
+        UnsupportedVllmError: that vLLM has not what the loader extends.
     """
     global _registered
+    check_installation()
     name = loader_name.rpartition(".")[2]
     right = loader_for(installed_vllm())
     if name != right:
@@ -75,6 +98,7 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     FlashPrefillConfig.from_env()
     log_interval()
     enabled()
+    strict()
     _check_plugin_is_found()
     # Imports what comes with vLLM.
     from vllm_flashprefill.patches import metrics_endpoint
@@ -89,9 +113,9 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A module, a name, a member of its enum or an argument is not there.
         undo.run()
-        raise RuntimeError(
+        raise UnsupportedVllmError(
             f"vLLM {installed_vllm()} has not what {name} extends ({error}); "
-            f"install one of vLLM {', '.join(LOADERS)}, or unset {ENV_ENABLE}"
+            f"install one of vLLM {', '.join(TESTED)}, or unset {ENV_ENABLE}"
         ) from error
     except BaseException:
         undo.run()

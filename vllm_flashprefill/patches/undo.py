@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from vllm_flashprefill.patches.versions import installed_vllm
@@ -22,11 +23,11 @@ def run() -> None:
         _undo.pop()()
 
 
-def wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace an attribute of a class by what `make` makes of it, until `run`.
+def wrap(owner: type | ModuleType, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace an attribute of a class or module by what `make` makes of it, until `run`.
 
     Raises:
-        RuntimeError: the class neither defines nor inherits it.
+        RuntimeError: it neither defines nor inherits it.
     """
     if not hasattr(owner, name):
         raise RuntimeError(f"vLLM {installed_vllm()} has no {owner.__name__}.{name} for FlashPrefill to extend")

@@ -21,6 +21,9 @@ from vllm_flashprefill.routing import DenseReason
 
 
 class FlashPrefillCPUMetadataBuilder(FlashPrefillBuilderMixin, TorchSDPAMetadataBuilderV1):
+    def prepare_layers(self) -> None:
+        """Nothing: this builder knows a batch by what vLLM did with the requests before, not by what it is given."""
+
     def build_dense(self, part: Any, plan: StepPlan) -> TorchSDPAMetadata:
         # vLLM has put the requests in prefill first; `num_prompt_req` says how many they are.
         num_prompt_req = self.num_prompt_req

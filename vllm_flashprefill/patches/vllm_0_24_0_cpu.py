@@ -1,20 +1,20 @@
-"""FlashPrefill in vLLM 0.24.0's CPU attention."""
+"""FlashPrefill in the CPU attention of vLLM 0.24.0 and newer, whose layer writes the cache before `forward`."""
 
 from __future__ import annotations
 
-import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from vllm_flashprefill.backend.attention_impl import KVWrittenBeforeMixin
-from vllm_flashprefill.patches.cpu_attn_cache import CPUAttnCacheImplMixin, FlashPrefillCPUMetadataBuilder
+from vllm_flashprefill.patches.cpu_attn_cache import (
+    CPUAttnCacheImplMixin,
+    FlashPrefillCPUMetadataBuilder,
+    HeadwiseCacheMixin,
+)
 from vllm_flashprefill.patches.registry import FlashPrefillBackendMixin
 
 
-class FlashPrefillCPUImpl(KVWrittenBeforeMixin, CPUAttnCacheImplMixin, CPUAttentionBackendImpl):
-    def split_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # [num_pages, G, page_size, 2 * D] in shape; in memory a head's keys of a page, then its values.
-        num_pages, num_kv_heads, page_size, _ = kv_cache.shape
-        return kv_cache.view(num_pages, num_kv_heads, 2 * page_size, -1).chunk(2, dim=2)
+class FlashPrefillCPUImpl(KVWrittenBeforeMixin, HeadwiseCacheMixin, CPUAttnCacheImplMixin, CPUAttentionBackendImpl):
+    pass
 
 
 class FlashPrefillCPUBackend(FlashPrefillBackendMixin, CPUAttentionBackend):

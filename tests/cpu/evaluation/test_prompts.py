@@ -69,13 +69,13 @@ LAYOUTS = {
     "kvpress": (
         "niah_single_1.jsonl",
         KVPRESS,
-        ["<s>One magic number is 12.\n ", "What is it? \nIt is"],
+        ["<s><user>One magic number is 12.\n ", "What is it? <end><assistant>It is"],
         ["<s><user>One magic number is 12.\n ", "What is it? <end><assistant>It is"],
     ),
     "kvpress' LongBench": (
         "test.jsonl",
         {**KVPRESS, "answers": ["12"], "task": "hotpotqa", "answer": None},
-        ["<s>One magic number is 12.\n ", "What is it? \nIt is"],
+        ["<s><user>One magic number is 12.\n ", "What is it? <end><assistant>It is"],
         ["<s><user>One magic number is 12.\n ", "What is it? <end><assistant>It is"],
     ),
     "HELMET": (
@@ -135,11 +135,27 @@ def test_a_record_becomes_the_tokens_that_its_own_evaluation_sends(layout, chat,
 
 
 def test_the_pieces_of_kvpress_are_encoded_one_by_one(tmp_path):
-    """As it does; encoded together, the space before and the W after are one token."""
-    record, tokenizer = only_record(tmp_path, "niah_single_1.jsonl", KVPRESS), byte_tokenizer()
+    """As it does; encoded together, the space before and the W after are one token. Without a template a line ends."""
+    record, tokenizer = only_record(tmp_path, "niah_single_1.jsonl", KVPRESS), byte_tokenizer(template=None)
     tokens = prompts.encode(tokenizer, record, chat=False)
+    assert tokens == ids(tokenizer, ["<s>One magic number is 12.\n ", "What is it? \nIt is"])
     assert tokens != ids(tokenizer, "<s>One magic number is 12.\n What is it? \nIt is")
     assert (record.task, record.max_tokens, record.metric) == ("niah_single_1", 100, "string_match_all")
+
+
+def test_kvpress_columns_in_a_template_that_trims_and_thinks(tmp_path):
+    """As with Llama 3's, and with Qwen 3's, which it has not think."""
+    record = only_record(tmp_path, "niah_single_1.jsonl", {**KVPRESS, "context": "\n One magic number is 12.\n "})
+    trims = TEMPLATE.replace("turn['content']", "turn['content'] | trim")
+    tokenizer = byte_tokenizer(template=trims + "{% if enable_thinking is not false %}Well,{% endif %}")
+    said = ["<s><user>One magic number is 12.\n ", "What is it? <end><assistant>It is"]
+    assert prompts.encode(tokenizer, record, chat=False) == ids(tokenizer, said)
+
+
+def test_kvpress_columns_that_are_in_a_template_are_not_put_into_another(tmp_path):
+    record = only_record(tmp_path, "niah_single_1.jsonl", {**KVPRESS, "context": "<s><user>One magic number is 12."})
+    with pytest.raises(readers.BadData, match="in a chat template already, which kvpress' columns get here"):
+        prompts.encode(byte_tokenizer(), record, chat=False)
 
 
 @pytest.mark.parametrize("layout", ["RULER", "RULER in a chat template", "lm-eval", "LongBench"])

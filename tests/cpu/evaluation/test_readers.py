@@ -74,6 +74,14 @@ KVPRESS = {"context": "x", "question": "y", "answer_prefix": "z", "answer": ["w"
 RULER = {"input": "x", "outputs": ["y"]}
 
 
+def test_a_letter_of_kvpress_stands_for_its_option_too(tmp_path):
+    row = {**KVPRESS, "question": "Who?\nA. Bob\nB. Ann\nC. Cy\nD. Di", "task": "longbook_choice_eng", "answer": ["B"]}
+    (record,), _ = readers.read(write(tmp_path / "test.jsonl", row), limit=5)
+    assert record.expected == ["Ann", "B"]
+    with pytest.raises(readers.BadData, match="line 1: answer: 'E' is no letter of the question's options"):
+        readers.read(write(tmp_path / "test.jsonl", {**row, "answer": ["E"]}), limit=5)
+
+
 def test_tasks_without_a_metric_are_left_out_and_named(tmp_path):
     for name in ("gov_report", "hotpotqa", "lcc", "dureader"):
         write(tmp_path / f"{name}.jsonl", *[{**LONGBENCH, "dataset": name}] * 3)
@@ -107,6 +115,10 @@ def test_a_file_of_several_tasks_is_read_for_each(tmp_path):
         ("other", RULER, "line 2: RULER's task 'other' is none of niah, vt, .* The fields are input, outputs"),
         ("odd", {"text": "x", "label": 3}, "line 2: no data set .* with the fields label, text"),
         ("other", {"context": "x", "answer": ["y"], "domain": "z"}, "The fields are answer, context, domain"),
+        ("odd", {"a\nb": 1, "\ud83d": 2}, r"with the fields '.ud83d', 'a.nb'$"),
+        # kvpress' columns without answer_prefix: the question is a whole one, not HELMET's name of a needle.
+        ("niah_single_1", {"context": "x", "question": "y?", "answer": ["z"]}, "query: without it 'niah_single_1' is"),
+        ("vt", {"context": "x", "question": "y?", "outputs": ["z"]}, "the fields are context, outputs, question$"),
         ("vt", {**RULER, "outputs": []}, "line 2: outputs: the list is empty"),
         ("vt", {**RULER, "outputs": ["A", " "]}, "outputs: an expected answer is empty"),
         ("vt", {**RULER, "outputs": [{"A": 1}]}, "outputs: {'A': 1} is neither a text nor a number"),
@@ -146,10 +158,13 @@ LINE = json.dumps({**RULER, "input": "Köln"}, ensure_ascii=False) + "\n"
         (gzip.compress(LINE.encode()), ": this is compressed with gzip; unpack it"),
         (b"PK\x03\x04\x14", ": this is a ZIP archive; unpack it"),
         (b"PAR1\x15", ": this is a Parquet file"),
-        (LINE.encode("utf-16"), ": this is UTF-16; save it as UTF-8"),
+        (LINE.encode("utf-16"), ": this is UTF-16 or UTF-32; save it as UTF-8"),
+        (LINE.encode("utf-16-le"), ", line 1: bytes of 0, as UTF-16"),
+        (LINE.encode("utf-32"), ": this is UTF-16 or UTF-32; save it as UTF-8"),
         (LINE.encode("latin-1"), ", line 1: not UTF-8 (byte 0xf6 at"),
         (LINE.encode() + LINE.encode()[:20], ", line 2: cut off, or not JSON of one line"),
         (f"[{LINE}]".encode(), ": this is a JSON list; write its records one a line"),
+        (f"\n\n[{LINE}]".encode(), ": this is a JSON list; write its records one a line"),
         (json.dumps(json.loads(LINE), indent=1).encode(), ", line 1: not JSON of one line"),
         (b"<!DOCTYPE html>\n", ", line 1: not JSON of one line"),
         (b'"text"\n', ", line 1: 'text' is no JSON object"),
@@ -181,6 +196,17 @@ def test_a_path_without_data_is_one_line(tmp_path):
     (tmp_path / "._vt.jsonl").write_bytes(b"\0")
     with pytest.raises(readers.BadData, match=r"no .jsonl files in this folder; the files there are: .parquet"):
         readers.read(tmp_path, limit=5)
+
+
+@pytest.mark.parametrize("name", ["qa_1.jsonl.gz", "qa_1.jsonl.zip"])
+def test_a_compressed_file_among_others_is_an_error_but_beside_what_it_holds(tmp_path, name):
+    write(tmp_path / "vt.jsonl", RULER)
+    (tmp_path / name).write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(readers.BadData, match=rf"{name}: this is compressed with gzip; unpack it"):
+        readers.read(tmp_path, limit=5)
+    write(tmp_path / "qa_1.jsonl", RULER)
+    records, _ = readers.read(tmp_path, limit=5)
+    assert [record.task for record in records] == ["qa_1", "vt"]
 
 
 def test_a_long_prompt_loses_its_middle():

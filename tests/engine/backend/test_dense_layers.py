@@ -9,7 +9,6 @@ from tests.support.flash_attn_step import (
     DTYPE,
     EXACT,
     HEAD_SIZE,
-    KV_DIM,
     KV_HEADS,
     SPARSE,
     Classes,
@@ -18,7 +17,7 @@ from tests.support.flash_attn_step import (
     new_cache,
 )
 from tests.support.request import Request
-from tests.support.vllm_side import counted
+from tests.support.vllm_side import counted, heads_before_tokens
 from vllm_flashprefill import counters
 from vllm_flashprefill.backend import density_guard
 from vllm_flashprefill.routing import DenseReason
@@ -45,10 +44,12 @@ def test_cascade_attention(calls, monkeypatch):
     from vllm.v1.attention.backends import flash_attn
 
     cascades = []
-    monkeypatch.setattr(flash_attn, "cascade_attention", lambda *args, **kwargs: cascades.append(kwargs))
+    monkeypatch.setattr(flash_attn, "cascade_attention", lambda *_, **named: cascades.append(named), raising=False)
     classes = Classes(EXACT)
     decoding = Step([Request(1, 400), Request(1, 300)], 16, 0)
     metadata = classes.build(decoding, common_prefix_len=256)
+    if not hasattr(metadata, "use_cascade"):
+        pytest.skip("this vLLM has no cascade attention")
     assert metadata.use_cascade
     classes.forward(decoding, metadata)
     assert len(cascades) == 1
@@ -63,13 +64,16 @@ def test_layers_the_kernels_do_not_take_are_dense(calls):
     cache, _keys_and_values = new_cache(4, 16)
 
     def reshaped(page_size=16, head_size=HEAD_SIZE):
-        return torch.zeros(2, 4, page_size, KV_HEADS, head_size, dtype=DTYPE).movedim(0, KV_DIM)
+        if heads_before_tokens():
+            return torch.zeros(4, KV_HEADS, page_size, 2 * head_size, dtype=DTYPE)
+        # Keys and values are a dimension of their own.
+        return torch.zeros(2, 4, page_size, KV_HEADS, head_size, dtype=DTYPE).movedim(0, cache.shape.index(2))
 
     classes = Classes(EXACT)
     assert classes.dense_reason(cache) is None
     assert classes.dense_reason(cache.float()) is DenseReason.DTYPE
     assert classes.dense_reason(reshaped(page_size=24)) is DenseReason.KV_CACHE_LAYOUT
-    strided = torch.zeros(cache.shape[::-1], dtype=DTYPE).permute(4, 3, 2, 1, 0)
+    strided = torch.zeros(cache.shape[::-1], dtype=DTYPE).permute(*reversed(range(cache.dim())))
     assert classes.dense_reason(strided) is DenseReason.KV_CACHE_LAYOUT
     odd = Classes(EXACT, head_size=96)
     assert odd.dense_reason(reshaped(head_size=96)) is DenseReason.HEAD_SIZE
@@ -105,3 +109,50 @@ def test_a_layer_that_was_too_dense_takes_a_mixed_step_whole_for_a_while(calls, 
         assert (call["attn_metadata"] is metadata) == (expected is dense)
         if expected is dense:
             assert_dense(step, out)
+
+
+def test_a_cache_of_another_dtype_than_the_queries_is_dense(calls):
+    """vLLM 0.27 and newer may be asked for one."""
+    classes = Classes(EXACT)
+    step = Step([Request(600)], 16, 0)
+    metadata = classes.build(step)
+    query, key, value, output = step.inputs()
+    with counted() as count:
+        classes.impl.forward(
+            classes.layer, query.half(), key, value, step.kv_cache, attn_metadata=metadata, output=output
+        )
+    assert count.stats == counters.Stats(dense_tokens={"dtype": 600})
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_cache_of_another_shape_than_was_expected_is_dense(calls, monkeypatch, caplog, strict):
+    """An engine that has started does not die at its first request, unless it is to."""
+    monkeypatch.setenv("FLASHPREFILL_STRICT", str(int(strict)))
+    classes = Classes(EXACT)
+    step = Step([Request(600)], 16, 0)
+    metadata = classes.build(step)
+
+    def unlike(_):
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(classes.impl, "paged_kv", unlike)
+    if strict:
+        with pytest.raises(ValueError, match="not enough values"):
+            classes.forward(step, metadata)
+        return
+    with counted() as count:
+        assert_dense(step, classes.forward(step, metadata))
+    assert count.stats == counters.Stats(dense_tokens={"self_check": 600})
+    assert f"a layer stays dense, since its cache is {tuple(step.kv_cache.shape)}" in caplog.text
+
+
+def test_a_cache_of_other_heads_is_dense(calls):
+    classes = Classes(EXACT, num_heads=8, num_kv_heads=4)
+    step = Step([Request(600)], 16, 0)
+    query, key, value, output = (x.repeat(1, 2, 1) for x in step.inputs())
+    classes.impl.vllm_forward = lambda *args, **named: output
+    with counted() as count:
+        classes.impl.forward(
+            classes.layer, query, key, value, step.kv_cache, attn_metadata=classes.build(step), output=output
+        )
+    assert count.stats == counters.Stats(dense_tokens={"kv_cache_layout": 600})

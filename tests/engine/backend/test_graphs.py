@@ -1,5 +1,8 @@
 """CUDA graphs hold vLLM's own attention."""
 
+import enum
+
+import pytest
 import torch
 
 from tests.support.engines import vllm_version
@@ -35,6 +38,16 @@ def test_no_mixed_batch_is_a_full_graph(calls, monkeypatch):
         monkeypatch.setattr(FlashAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport[own])
         support = type(classes.builder).get_cudagraph_support(classes.vllm_config, classes.builder.kv_cache_spec)
         assert support is AttentionCGSupport[expected]
+
+
+@pytest.mark.skipif(vllm_version() != "0.10.0", reason="vLLM 0.10.1 to 0.11.0 have builders that say so")
+def test_no_mixed_batch_is_a_full_graph_where_builders_say_so_themselves(calls, monkeypatch):
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+    levels = enum.Enum("Support", {"ALWAYS": 3, "UNIFORM_BATCH": 2, "UNIFORM_SINGLE_TOKEN_DECODE": 1, "NEVER": 0})
+    for own, expected in (("ALWAYS", "UNIFORM_BATCH"), ("UNIFORM_SINGLE_TOKEN_DECODE",) * 2, ("NEVER", "NEVER")):
+        monkeypatch.setattr(FlashAttentionMetadataBuilder, "cudagraph_support", levels[own], raising=False)
+        assert Classes(EXACT).builder.cudagraph_support is levels[expected]
 
 
 def test_the_dense_schedule_stays_out_of_the_buffer_that_graphs_read(calls, monkeypatch):

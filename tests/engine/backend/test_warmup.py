@@ -11,9 +11,11 @@ from tests.support.vllm_side import LAYER, MAX_TOKENS, counted
 from vllm_flashprefill.backend import warmup
 
 
-def test_scratch_is_reserved_with_the_layer(calls):
-    from vllm_flashprefill.kernels.workspace import scratch_bytes
+def test_scratch_is_reserved_with_the_layer(calls, monkeypatch):
+    from vllm_flashprefill.kernels.workspace import scratch_bytes, shared_workspace
 
+    monkeypatch.setenv("FLASHPREFILL_PIECE_SIZE", "8")
+    shared_workspace.cache_clear()
     classes = Classes(EXACT)
     needed = scratch_bytes(
         num_heads=HEADS,
@@ -71,7 +73,8 @@ def test_a_builder_warms_up_for_its_own_layers(monkeypatch):
     layers = {LAYER: classes.layer, "model.layers.2.self_attn.attn": other.layer, "model.layers.3.mixer": object()}
     monkeypatch.setattr(classes.vllm_config.compilation_config, "static_forward_context", layers)
     known = hasattr(classes.builder, "layer_names")
-    assert list(classes.builder.own_impls()) == ([classes.impl] if known else [classes.impl, other.impl])
+    expected = [classes.impl] if known else [classes.impl, other.impl]
+    assert [layer.impl for layer in classes.builder.own_layers()] == expected
 
 
 @pytest.mark.parametrize("page_sizes", [(16, 32), (32, 16)])

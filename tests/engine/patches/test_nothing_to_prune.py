@@ -33,7 +33,6 @@ def configure(monkeypatch, tmp_path):
 
 
 not_0_10_0 = pytest.mark.skipif(VERSION == "0.10.0", reason="vLLM 0.10.0's CPU engine refuses it with its own error")
-not_0_10_0 = pytest.mark.skipif(VERSION == "0.10.0", reason="vLLM 0.10.0's CPU engine refuses it with its own error")
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 2048}
 
 

@@ -9,6 +9,8 @@ import sys
 import time
 import urllib.request
 
+from packaging.version import Version
+
 from tests.support import MODEL
 from tests.support.engines import environment, flashprefill_metrics, run_engine
 from tests.support.registered import VERSION
@@ -41,7 +43,7 @@ def test_vllm_serve_with_the_variable_alone(text_ids):
     options = json.dumps({"flashprefill": {"alpha": 0.2, "min_sparse_tokens": 1024}})
     command = [vllm, "serve", str(MODEL), "--enforce-eager", "--port", str(port), "--max-model-len", "4096"]
     command += ["--max-num-batched-tokens", "2048", "--max-num-seqs", "16", "--additional-config", options]
-    if VERSION not in ("0.10.0", "0.12.0"):
+    if Version(VERSION) >= Version("0.14"):
         command += ["--attention-backend", "CUSTOM"]
     server = subprocess.Popen(
         command,

@@ -33,6 +33,19 @@ def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
     )
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("kv_dtype", [None, torch.uint8])
+def test_keys_and_values_of_a_head_beside_each_other(kv_dtype, heads_first, page_size, dim, caplog):
+    """As in vLLM 0.26.0 and newer; where pages allow it by the same kernels as ever."""
+    config = sparse_config()
+    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
+    how = dict(page_size=page_size, dim=dim, dtype=torch.bfloat16, kv_dtype=kv_dtype, device="cuda", config=config)
+    check_all(make_batch(requests, heads_first=heads_first, beside=True, **how), config, SCALE)
+    assert "of keys or values" not in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [16, 128])
