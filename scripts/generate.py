@@ -2,6 +2,7 @@
 
 Each prompt is real text (the Python documentation that every Python carries) with one fact planted in it and a
 question about that fact at the end. The table shows what was pruned, how long it took and whether the answer is right.
+With matplotlib a picture of the blocks that were kept is left behind.
 
     python scripts/generate.py                                    SmolLM2-135M on vLLM's CPU engine
     python scripts/generate.py --model PATH --lengths 8000,32000  another model
@@ -21,8 +22,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Run as a file, Python looks for modules beside it alone.
+sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 ANSWER_TOKENS = 8
+PICTURE = "kept-blocks.png"
+# Of longer prompts a forward takes long on a CPU, and blocks are too small to see.
+LONGEST_DRAWN = 8192
 
 FACTS = [
     ("blue harbour", "7391"),
@@ -80,22 +86,35 @@ def make_prompts(tokenizer, lengths: list[int]) -> list[Prompt]:
 
 
 def generate(llm, prompts: list[Prompt], label: str, after_each=lambda: None) -> list[Answer]:
-    """Answer the prompts one at a time, so that each has its own seconds."""
-    from tqdm import tqdm
+    """Answer the prompts one at a time, so that each has its own seconds; a line for each says how long it may take."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
     llm.generate([{"prompt_token_ids": prompts[0].tokens[:32]}], params, use_tqdm=False)  # warm-up
     after_each()
-    answers = []
-    with tqdm(total=sum(len(prompt.tokens) for prompt in prompts), desc=label, unit="tok", mininterval=1) as bar:
-        for prompt in prompts:
-            started = time.perf_counter()
-            output = llm.generate([{"prompt_token_ids": prompt.tokens}], params, use_tqdm=False)[0].outputs[0]
-            answers.append(Answer(output.text.strip().split("\n")[0], time.perf_counter() - started))
-            after_each()
-            bar.update(len(prompt.tokens))
+    answers: list[Answer] = []
+    for number, prompt in enumerate(prompts, 1):
+        print(f"{label}, prompt {number} of {len(prompts)}: {estimate(prompts, answers)} ... ", end="", flush=True)
+        started = time.perf_counter()
+        output = llm.generate([{"prompt_token_ids": prompt.tokens}], params, use_tqdm=False)[0].outputs[0]
+        answers.append(Answer(output.text.strip().split("\n")[0], time.perf_counter() - started))
+        after_each()
+        print(f"{answers[-1].seconds:.1f} s", flush=True)
     return answers
+
+
+def estimate(prompts: list[Prompt], answers: list[Answer]) -> str:
+    """What the next prompt is, and how long it and all that are left may take at the last one's seconds a token."""
+    done = len(answers)
+    tokens = [len(prompt.tokens) for prompt in prompts]
+    said = f"{tokens[done]:,} tokens"
+    if not done:
+        return said
+    pace = answers[-1].seconds / tokens[done - 1]
+    said += f", about {pace * tokens[done]:.0f} s"
+    if done + 1 < len(tokens):
+        said += f" of {pace * sum(tokens[done:]):.0f} s that are left"
+    return said
 
 
 def start_engine(options, max_model_len: int):
@@ -126,6 +145,22 @@ def dense_answers(options, prompts: list[Prompt], max_model_len: int) -> tuple[l
     return answers, False
 
 
+def leave_picture(model: str, sparse: list[Prompt], config, picture: str) -> None:
+    """Draw what heads keep of the longest sparse prompt that is not too long, or say why not."""
+    from scripts import kept_blocks
+
+    drawn = max((prompt.tokens for prompt in sparse if len(prompt.tokens) <= LONGEST_DRAWN), key=len, default=None)
+    if drawn is None:
+        print(f"No picture of kept blocks: no prompt up to {LONGEST_DRAWN:,} tokens was sparse.")
+    elif not kept_blocks.can_draw():
+        print(f"No picture of kept blocks: `{sys.executable} -m pip install matplotlib`, and the next run draws it.")
+    else:
+        print(f"Drawing the blocks kept of {len(drawn):,} tokens; it takes as long as a prompt ...", flush=True)
+        kept = kept_blocks.kept_blocks(model, drawn, config)
+        kept_blocks.draw(kept, f"{Path(model).name}, {len(drawn):,} tokens, alpha {config.alpha}", Path(picture))
+        print(f"Wrote {picture}: each dark square is a block of keys that a block of queries attended to.")
+
+
 def print_table(rows: list[list[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for number, row in enumerate(rows):
@@ -141,6 +176,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, help="default: the model family's preset")
     parser.add_argument("--min-sparse-tokens", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--no-dense", action="store_true", help="leave the dense run out")
+    parser.add_argument("--picture", help=f"file for the picture (default: {PICTURE} for the default model, else none)")
     parser.add_argument("--fresh", action="store_true", help="run dense again though an earlier run is remembered")
     options = parser.parse_args()
     try:
@@ -173,6 +209,7 @@ def main() -> None:
     readings = []
     sparse = generate(llm, prompts, "FlashPrefill", lambda: readings.append(vllm_flashprefill.stats()))
     stats = [after - before for before, after in itertools.pairwise(readings)]
+    config = vllm_flashprefill.FlashPrefillConfig.from_vllm(llm.llm_engine.vllm_config)
     del llm
     gc.collect()
     vllm_flashprefill.revert()
@@ -206,6 +243,11 @@ def main() -> None:
     print("\ndensity: share of the key blocks that sparse layers computed. seconds: prompt and answer together.")
     if remembered:
         print("The dense figures are from an earlier run on this machine; --fresh measures them again.")
+    picture = options.picture or (PICTURE if options.model == str(MODEL) else None)
+    if picture:
+        leave_picture(
+            options.model, [p for p, done in zip(prompts, stats, strict=True) if done.density], config, picture
+        )
     print("Next: `make test`, or `FLASHPREFILL=1 vllm serve MODEL`; README.md has the options.")
 
 

@@ -43,6 +43,9 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path):
     )
     assert str(site) in out
     assert out.split()[1] == "0.1.0"
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    needs = [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist:")]
+    assert needs == ["Requires-Dist: numpy", "Requires-Dist: packaging"], "no version: none of vLLM's pins is moved"
 
 
 def test_importing_the_package_loads_neither_torch_nor_vllm():

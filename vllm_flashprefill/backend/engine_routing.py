@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_flashprefill.backend.layer_routing import PLAIN_CACHE_DTYPES
@@ -35,6 +36,35 @@ def engine_dense_reason(
         or _length_reason(model, config)
         or ("alpha is 0, which keeps every block; raise it" if config.alpha == 0 else None)
     )
+
+
+def layer_dense_words(vllm_config: Any, config: FlashPrefillConfig) -> list[str | None]:
+    """What the model's config says of each layer: why it is dense, None where its prefills may be sparse.
+
+    A `DenseReason`, or ``linear_attention``, which is no attention and is not counted. Empty where the config does not
+    say how many layers there are.
+
+    Args:
+        vllm_config: as of `engine_dense_reason`.
+    """
+    text = getattr(vllm_config.model_config, "hf_text_config", None)
+    kinds, never = _layer_kinds(text)
+    every = next((reason.value for reason, _ in _every_layer(text)), None)
+    if getattr(getattr(vllm_config, "cache_config", None), "sliding_window", None) is not None:
+        every = DenseReason.SLIDING_WINDOW.value
+    shared = _said(text, "num_kv_shared_layers")
+    first_shared = len(kinds) - (shared if isinstance(shared, int) else 0)
+    words: list[str | None] = []
+    for index, kind in enumerate(kinds):
+        if kind in never:
+            words.append(DenseReason.SLIDING_WINDOW.value if kind == "sliding_attention" else kind)
+        elif every is not None:
+            words.append(every)
+        elif index >= first_shared:
+            words.append(DenseReason.KV_SHARING.value)
+        else:
+            words.append(DenseReason.DENSE_LAYER.value if index < config.num_dense_layers else None)
+    return words
 
 
 def _model_reason(model: Any) -> str | None:
@@ -91,12 +121,8 @@ def _gpu_reason(model: Any) -> str | None:
 
 def _layers_reason(model: Any, cache: Any, config: FlashPrefillConfig) -> str | None:
     text = getattr(model, "hf_text_config", None)
-    if _said(text, "attn_logit_softcapping"):
-        return "every layer caps its logits; only another model would be pruned"
-    if _said(text, "model_type") == "gpt_oss":
-        return "every layer has attention sinks; only another model would be pruned"
-    if _said(text, "alibi") is True or _said(text, "model_type") == "bloom":
-        return "every layer has ALiBi; only another model would be pruned"
+    for _, what in _every_layer(text):
+        return f"every layer {what}; only another model would be pruned"
     window = getattr(cache, "sliding_window", None)
     if window is not None:
         # What vLLM gives to every layer that says nothing of itself.
@@ -104,19 +130,36 @@ def _layers_reason(model: Any, cache: Any, config: FlashPrefillConfig) -> str | 
             f"every layer has a sliding window of {window} tokens; --disable-sliding-window makes them plain, for "
             "sequences of no more tokens"
         )
-    kinds, num_layers = _said(text, "layer_types"), _said(text, "num_hidden_layers")
-    if not isinstance(num_layers, int) or num_layers < 1:
+    kinds, never = _layer_kinds(text)
+    if not kinds:
         return None
-    kinds = kinds if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers else ["full_attention"] * num_layers
-    # vLLM 0.10.0 calls it so where not every layer has one.
-    windows = any(_said(text, name) for name in ("sliding_window", "interleaved_sliding_window"))
-    never = {"linear_attention", "sliding_attention"} if windows else {"linear_attention"}
     able = [index for index, kind in enumerate(kinds) if kind not in never]
     if not able:
         return f"every layer is of {' or '.join(sorted(set(kinds)))}; only another model would be pruned"
     if able[-1] < config.num_dense_layers:
         return f"num_dense_layers is {config.num_dense_layers}; at most {able[-1]} leaves a layer to prune"
     return None
+
+
+def _every_layer(text: Any) -> Iterator[tuple[DenseReason, str]]:
+    """What makes all layers of a model dense, by its config."""
+    if _said(text, "attn_logit_softcapping"):
+        yield DenseReason.SOFTCAP, "caps its logits"
+    if _said(text, "model_type") == "gpt_oss":
+        yield DenseReason.SINKS, "has attention sinks"
+    if _said(text, "alibi") is True or _said(text, "model_type") == "bloom":
+        yield DenseReason.ALIBI, "has ALiBi"
+
+
+def _layer_kinds(text: Any) -> tuple[Sequence[str], set[str]]:
+    """A model's layers by transformers' names of their kinds, none if not said; and which kinds are never sparse."""
+    kinds, num_layers = _said(text, "layer_types"), _said(text, "num_hidden_layers")
+    if not isinstance(num_layers, int) or num_layers < 1:
+        return (), set()
+    kinds = kinds if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers else ["full_attention"] * num_layers
+    # vLLM 0.10.0 calls it so where not every layer has one.
+    windows = any(_said(text, name) for name in ("sliding_window", "interleaved_sliding_window"))
+    return kinds, {"linear_attention", "sliding_attention"} if windows else {"linear_attention"}
 
 
 def _said(config: Any, name: str) -> Any:

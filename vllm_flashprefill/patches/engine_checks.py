@@ -27,7 +27,7 @@ def check_engines() -> None:
     """Check the device and the options of each engine that this process configures, and log what the options are."""
 
     def check(vllm_config: Any) -> None:
-        _check_device()
+        check_device()
         config = FlashPrefillConfig.from_vllm(vllm_config)
         logger.info("FlashPrefill: %s", config)
         _warn_if_nothing_is_pruned(vllm_config, config)
@@ -66,22 +66,30 @@ def on_engine_start(prepare: Callable[[], None]) -> None:
     undo.wrap(Executor, "get_class", prepared)
 
 
-def _warn_if_nothing_is_pruned(vllm_config: Any, config: FlashPrefillConfig) -> None:
+def backend_and_capability(vllm_config: Any) -> tuple[str | None, tuple[int, int] | None]:
+    """The attention backend that was asked for, and the GPU's compute capability; None for none."""
     from vllm import envs
     from vllm.platforms import current_platform
 
     # An option since vLLM 0.13, an environment variable before.
     chosen = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
     backend = getattr(chosen, "name", chosen) or getattr(envs, "VLLM_ATTENTION_BACKEND", None)
-    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    reason = engine_dense_reason(vllm_config, config, backend, capability)
+    return backend, current_platform.get_device_capability() if current_platform.is_cuda() else None
+
+
+def _warn_if_nothing_is_pruned(vllm_config: Any, config: FlashPrefillConfig) -> None:
+    reason = engine_dense_reason(vllm_config, config, *backend_and_capability(vllm_config))
     # One of several API servers configures again the engine that its parent has.
     if reason is not None and not of_parents_engine():
         logger.warning("FlashPrefill prunes nothing in this engine: %s", reason)
 
 
-def _check_device() -> None:
-    """What the kernels need, asked without touching the GPU: this process may be about to fork."""
+def check_device() -> None:
+    """See that the kernels would run, without touching the GPU: this process may be about to fork.
+
+    Raises:
+        RuntimeError: they would not.
+    """
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -1,11 +1,14 @@
 """What the pages say of other files: tables and plots are those of the rows, and every path they name is there."""
 
+import dataclasses
 import re
 import subprocess
 
 import pytest
 
 from tools import docs, plot, rows
+from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill.routing import DenseReason
 
 FOLDERS = (
     "benchmarks|docs|evaluation|examples|patches|requirements|research|results|scripts|tests|tools|vllm_flashprefill"
@@ -32,7 +35,7 @@ def test_plots_are_those_of_their_rows(name):
 def test_a_changed_row_shows(monkeypatch):
     name, page = "docs/kernels.png", docs.ROOT / "docs" / "performance.md"
     rows = [{**row, "times_fa2": "9.87"} for row in docs.kernels()]
-    monkeypatch.setattr(docs, "kernels", lambda: rows)
+    monkeypatch.setattr(docs, "kernels", lambda *_: rows)
     monkeypatch.setitem(plot.PLOTS, name, (plot.draw_kernels, lambda: rows))
     assert "| 9.87 |" in docs.with_tables(page.read_text(encoding="utf-8"))
     assert not plot.is_current(name, docs.ROOT / name)
@@ -70,6 +73,57 @@ def test_accuracy_is_of_the_newest_commit_of_each_length(tmp_path, monkeypatch):
         f"| multi_key | 60 | 86.7 | {cell} dense | {cell} 17.1 % |",
         "| perplexity | 2 | 2.718 | 2.732: +0.51 % (-0.10 to +1.20) at 17.1 % | |",
     ]
+
+
+README = (docs.ROOT / "README.md").read_text(encoding="utf-8")
+# A number with the unit of something measured.
+FIGURE = re.compile(r"\d[\d.,]*\s?(%|ms\b|s\b|x\b|times\b|points\b|TFLOP)")
+
+
+def test_the_front_page_has_no_figure_without_rows():
+    written = re.sub(r"```.*?```", "", docs.PLACE.sub("", README), flags=re.DOTALL)
+    allowed = {"15 points"}  # how wide the intervals of the table above it are
+    assert {found.group() for found in FIGURE.finditer(written)} - allowed == set()
+    assert FIGURE.search("speedup of 1.40 times") and FIGURE.search("a loss of 10.4 points, 17 %")
+
+
+def test_the_front_page_is_short():
+    assert README.count("\n") <= 120
+
+
+def test_the_front_page_has_the_options_and_their_defaults():
+    lines = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", README.partition("\n## Options\n")[2], re.MULTILINE))
+    defaults = dataclasses.asdict(FlashPrefillConfig())
+    assert lines.keys() == defaults.keys()
+    for name, value in defaults.items():
+        assert lines[name].removeprefix("preset, else ") == str(value), name
+
+
+def test_each_reason_is_explained_once():
+    reasons = (docs.ROOT / "docs" / "operating.md").read_text(encoding="utf-8").partition("\n## Reasons\n")[2]
+    table = re.findall(r"^\| (`.+?`) \|", reasons.partition("\n## ")[0], re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(table))) == sorted(reason.value for reason in DenseReason)
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*docs.pages(), docs.ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if path.startswith("https:"):
+            continue
+        target = (page.parent / path) if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
 
 
 THREE_DIGITS = {"0.01346": "0.0135", "0.4196": "0.420", "2.5": "2.50", "13.27": "13.3", "1823.07": "1823"}
