@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import re
 
@@ -21,6 +22,12 @@ def no_dynamo():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def lines_reach_caplog(monkeypatch):
+    """vLLM's logger keeps its lines to itself once something has had vLLM set logging up."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
