@@ -141,7 +141,7 @@ def _check_plugin_is_found() -> None:
     if PLUGIN_NAME not in found:
         raise RuntimeError(
             "vLLM's engine process would not find FlashPrefill, because the package is not installed; "
-            "run `pip install --no-deps -e .` in its checkout"
+            "run `pip install -e .` in its checkout"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN_NAME not in allowed.split(","):

@@ -31,7 +31,7 @@ SUPPORT = {
     "0.26.0": Support("patch_loader_vllm_0_26_0", "vllm_0_24_0_cpu", "vllm_0_26_0_flash_attn"),
 }
 # Releases whose engines have run the tests; results/versions.csv has when, and on what.
-TESTED = ("0.10.0", "0.12.0", "0.13.0", "0.24.0", "0.28.0", "0.32.0")
+TESTED = ("0.10.0", "0.12.0", "0.24.0", "0.32.0")
 
 
 class UnsupportedVllmError(RuntimeError):
