@@ -6,7 +6,8 @@ is held as log2 E, which has no maximum to subtract: E >= alpha * max E is log2 
 
 With pieces those are candidates only. Their indices lie in the pair's list for the time being, their pieces are scored
 by the same rows, and the blocks that are kept are written over them. Heads differ many times over in how many
-candidates they have, so a program asks for its next pair when it is done with one.
+candidates they have, so a program asks for its next pair when it is done with one. Without pieces every pair of a query
+block takes as long, and they are dealt out beforehand.
 """
 
 from __future__ import annotations
@@ -104,6 +105,106 @@ def _score_pieces(
     return tl.max(largest, axis=0)
 
 
+@triton.jit
+def _select_pair(
+    work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, block_counts_ptr,
+    first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, num_mean_rows,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_LIST: tl.constexpr, NUM_SINK_BLOCKS: tl.constexpr, NUM_WINDOW_BLOCKS: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """The kept blocks of one (query block, head) pair."""
+    offs_dim = tl.arange(0, HEAD_SIZE)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_list = tl.arange(0, BLOCK_LIST)
+    head = work % NUM_HEADS
+    item_ptr = items_ptr + (first_item + work // NUM_HEADS) * columns.ITEM_COLUMNS
+    request_ptr = requests_ptr + tl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
+    query_block = tl.load(item_ptr + columns.QUERY_BLOCK)
+    list_slot = tl.load(item_ptr + columns.LIST_SLOT).to(tl.int64)
+    list_start = list_slot * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
+    query_len = tl.load(request_ptr + columns.QUERY_LEN)
+    context_len = tl.load(request_ptr + columns.CONTEXT_LEN)
+    keep_all = query_block >= tl.load(request_ptr + columns.FIRST_TAIL_BLOCK)
+    keep_all = keep_all | (query_block < NUM_SINK_BLOCKS + NUM_WINDOW_BLOCKS)
+    keep_all = keep_all | (log2_alpha == float("-inf"))
+
+    threshold = log2_alpha
+    if not keep_all:
+        first_row = tl.maximum(query_block * BLOCK - context_len, 0)
+        end_row = tl.minimum((query_block + 1) * BLOCK - context_len, query_len)
+        batch = tl.load(request_ptr + columns.BATCH).to(tl.int64)
+        q_start_ptr = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
+        mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START)
+        # [BLOCK]; those outside the chunk repeat the last one inside it, and are left out of the sum.
+        rows = first_row + tl.arange(0, BLOCK)
+        mask_rows = rows < end_row
+        offs_rows = tl.load(request_ptr + columns.QUERY_START) + tl.minimum(rows, end_row - 1)
+        # [HEAD_SIZE, BLOCK]
+        q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
+        q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty))
+        mean_row_ptr = mean_ptr + mean_row * HEAD_SIZE
+        if PIECES:
+            row_weights = mask_rows.to(tl.float32)
+            most = _score_blocks(
+                q, row_weights, mean_row_ptr, scores_row_ptr, query_block, scale, HEAD_SIZE, BLOCK_N, NUM_STAGES
+            )
+            # Its own block, which not every row sees whole, needs no score: it is kept.
+            tl.store(scores_row_ptr + query_block, float("-inf"))
+            tl.debug_barrier()
+            num_candidates = _write_candidates(
+                scores_row_ptr, lists_ptr + list_start, query_block, log2_candidate + most, BLOCK_LIST
+            )
+            tl.debug_barrier()
+            piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
+            # There are none where no score is a number.
+            if num_candidates > 0:
+                threshold += _score_pieces(
+                    q, row_weights, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
+                    PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+                )  # fmt: skip
+        else:
+            # [BLOCK_N, HEAD_SIZE]
+            mean_ptrs = mean_row_ptr + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
+            # [BLOCK_N]
+            largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+            # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
+            unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
+            for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
+                score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
+                largest = tl.maximum(largest, score)
+                tl.store(scores_row_ptr + start + offs_n, score)
+            # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far.
+            own_block_row = end_row - 1
+            for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
+                blocks = start + offs_n
+                mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
+                visible = (blocks < query_block)[:, None] & mask_rows[None, :]
+                visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
+                score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
+                largest = tl.maximum(largest, score)
+                tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
+            threshold += tl.max(largest, axis=0)
+        tl.debug_barrier()
+
+    count = 0
+    for start in range(0, query_block + 1, BLOCK_LIST):
+        # [BLOCK_LIST]
+        blocks = start + offs_list
+        mask_blocks = blocks <= query_block
+        score = tl.load(scores_row_ptr + blocks, mask=mask_blocks & (not keep_all), other=float("-inf"))
+        kept = (score >= threshold) | (blocks < NUM_SINK_BLOCKS) | (query_block - blocks < NUM_WINDOW_BLOCKS)
+        kept = ((kept | keep_all) & mask_blocks).to(tl.int32)
+        slots = list_start + count + tl.cumsum(kept, axis=0) - 1
+        tl.store(lists_ptr + slots, blocks, mask=kept != 0)
+        count += tl.sum(kept, axis=0)
+    tl.store(counts_ptr + work, count)
+    if block_counts_ptr is not None:
+        tl.atomic_add(block_counts_ptr, count.to(tl.int64), sem="relaxed")
+    # The next pair writes over these scores.
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["next_ptr", "num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores"])
 def _block_select_kernel(
     q_ptr,
@@ -142,105 +243,31 @@ def _block_select_kernel(
 ):
     program = tl.program_id(0)
     scores_row_ptr = scores_ptr + program.to(tl.int64) * stride_scores
-    offs_dim = tl.arange(0, HEAD_SIZE)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_list = tl.arange(0, BLOCK_LIST)
     if block_counts_ptr is not None:
         if program == 0:
             tl.atomic_add(block_counts_ptr + 1, num_visible, sem="relaxed")
-    work = program
-    while work < num_work:
-        head = work % NUM_HEADS
-        item_ptr = items_ptr + (first_item + work // NUM_HEADS) * columns.ITEM_COLUMNS
-        request_ptr = requests_ptr + tl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
-        query_block = tl.load(item_ptr + columns.QUERY_BLOCK)
-        list_slot = tl.load(item_ptr + columns.LIST_SLOT).to(tl.int64)
-        list_start = list_slot * NUM_HEADS + head.to(tl.int64) * (query_block + 1)
-        query_len = tl.load(request_ptr + columns.QUERY_LEN)
-        context_len = tl.load(request_ptr + columns.CONTEXT_LEN)
-        keep_all = query_block >= tl.load(request_ptr + columns.FIRST_TAIL_BLOCK)
-        keep_all = keep_all | (query_block < NUM_SINK_BLOCKS + NUM_WINDOW_BLOCKS)
-        keep_all = keep_all | (log2_alpha == float("-inf"))
-
-        threshold = log2_alpha
-        if not keep_all:
-            first_row = tl.maximum(query_block * BLOCK - context_len, 0)
-            end_row = tl.minimum((query_block + 1) * BLOCK - context_len, query_len)
-            batch = tl.load(request_ptr + columns.BATCH).to(tl.int64)
-            q_start_ptr = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-            mean_row = (head // GROUP).to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START)
-            # [BLOCK]; those outside the chunk repeat the last one inside it, and are left out of the sum.
-            rows = first_row + tl.arange(0, BLOCK)
-            mask_rows = rows < end_row
-            offs_rows = tl.load(request_ptr + columns.QUERY_START) + tl.minimum(rows, end_row - 1)
-            # [HEAD_SIZE, BLOCK]
-            q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
-            q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty))
-            mean_row_ptr = mean_ptr + mean_row * HEAD_SIZE
-            if PIECES:
-                row_weights = mask_rows.to(tl.float32)
-                most = _score_blocks(
-                    q, row_weights, mean_row_ptr, scores_row_ptr, query_block, scale, HEAD_SIZE, BLOCK_N, NUM_STAGES
-                )
-                # Its own block, which not every row sees whole, needs no score: it is kept.
-                tl.store(scores_row_ptr + query_block, float("-inf"))
-                tl.debug_barrier()
-                num_candidates = _write_candidates(
-                    scores_row_ptr, lists_ptr + list_start, query_block, log2_candidate + most, BLOCK_LIST
-                )
-                tl.debug_barrier()
-                piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
-                # There are none where no score is a number.
-                if num_candidates > 0:
-                    threshold += _score_pieces(
-                        q, row_weights, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
-                        PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
-                    )  # fmt: skip
-            else:
-                # [BLOCK_N, HEAD_SIZE]
-                mean_ptrs = mean_row_ptr + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
-                # [BLOCK_N]
-                largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
-                # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
-                unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
-                for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
-                    score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
-                    largest = tl.maximum(largest, score)
-                    tl.store(scores_row_ptr + start + offs_n, score)
-                # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far.
-                own_block_row = end_row - 1
-                for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
-                    blocks = start + offs_n
-                    mean = tl.load(mean_ptrs + start * HEAD_SIZE, mask=(blocks <= query_block)[:, None], other=0.0)
-                    visible = (blocks < query_block)[:, None] & mask_rows[None, :]
-                    visible = visible | ((blocks == query_block)[:, None] & (rows == own_block_row)[None, :])
-                    score = _log2_sum(tl.where(visible, tl.dot(mean, q), float("-inf")), scale)
-                    largest = tl.maximum(largest, score)
-                    tl.store(scores_row_ptr + blocks, score, mask=blocks <= query_block)
-                threshold += tl.max(largest, axis=0)
-            tl.debug_barrier()
-
-        count = 0
-        for start in range(0, query_block + 1, BLOCK_LIST):
-            # [BLOCK_LIST]
-            blocks = start + offs_list
-            mask_blocks = blocks <= query_block
-            score = tl.load(scores_row_ptr + blocks, mask=mask_blocks & (not keep_all), other=float("-inf"))
-            kept = (score >= threshold) | (blocks < NUM_SINK_BLOCKS) | (query_block - blocks < NUM_WINDOW_BLOCKS)
-            kept = ((kept | keep_all) & mask_blocks).to(tl.int32)
-            slots = list_start + count + tl.cumsum(kept, axis=0) - 1
-            tl.store(lists_ptr + slots, blocks, mask=kept != 0)
-            count += tl.sum(kept, axis=0)
-        tl.store(counts_ptr + work, count)
-        if block_counts_ptr is not None:
-            tl.atomic_add(block_counts_ptr, count.to(tl.int64), sem="relaxed")
-        # The next pair writes over these scores.
-        tl.debug_barrier()
-        # Every program asks once in vain; the last to ask leaves the counter as it found it.
-        asked = tl.atomic_add(next_ptr, 1, sem="relaxed")
-        if asked == num_work - 1:
-            tl.store(next_ptr, 0)
-        work = asked + tl.num_programs(0)
+    if PIECES:
+        work = program
+        while work < num_work:
+            _select_pair(
+                work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
+                block_counts_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh,
+                num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS,
+                NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES,
+            )  # fmt: skip
+            # Every program asks once in vain; the last to ask leaves the counter as it found it.
+            asked = tl.atomic_add(next_ptr, 1, sem="relaxed")
+            if asked == num_work - 1:
+                tl.store(next_ptr, 0)
+            work = asked + tl.num_programs(0)
+    else:
+        for work in range(program, num_work, tl.num_programs(0)):
+            _select_pair(
+                work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
+                block_counts_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh,
+                num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS,
+                NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES,
+            )  # fmt: skip
 
 
 def block_select(
