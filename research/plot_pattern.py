@@ -7,9 +7,11 @@ python -m research.plot_pattern /tmp/docs.pt --heads 11.0 11.4 --alpha 0.05 --ou
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
+from scripts.kept_blocks import draw
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.reference import select_blocks_ref
 
@@ -22,11 +24,6 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="picture to write")
     options = parser.parse_args()
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     captured = torch.load(options.file)
     heads = [tuple(map(int, name.split("."))) for name in options.heads or [f"{layer}.0" for layer in captured]]
     config = FlashPrefillConfig(alpha=options.alpha, piece_size=0)
@@ -37,24 +34,8 @@ def main() -> None:
             q, k, context_len=0, prompt_len=len(k), config=config, softmax_scale=captured[layer]["softmax_scale"]
         )
 
-    columns = min(len(heads), 4)
-    figure, axes = plt.subplots(
-        -(-len(heads) // columns), columns, squeeze=False, figsize=(3 * columns, 3.3 * -(-len(heads) // columns))
-    )
-    for axis in axes.flat[len(heads) :]:
-        axis.set_axis_off()
-    for axis, (layer, head) in zip(axes.flat, heads, strict=False):
-        mask = masks[layer][head]
-        visible = torch.ones_like(mask).tril()
-        # 0 after the query, 1 pruned, 2 kept
-        axis.imshow(visible.int() + mask.int(), cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
-        axis.set_title(f"layer {layer}, head {head}: {mask.sum() / visible.sum():.0%}", fontsize=9)
-        axis.set_xlabel("key block", fontsize=8)
-        axis.set_ylabel("query block", fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.suptitle(f"key blocks kept (dark), pruned (light), alpha {options.alpha}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(options.out, dpi=90)
+    kept = {(layer, head): masks[layer][head] for layer, head in heads}
+    draw(kept, f"alpha {options.alpha}", Path(options.out))
 
 
 if __name__ == "__main__":
