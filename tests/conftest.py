@@ -1,10 +1,18 @@
 import os
+from unittest import mock
 
 import pytest
 
 from vllm_flashprefill import counters
 
 pytest.register_assert_rewrite("tests.support")
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """What a test, or what it calls, sets for its process is gone after it."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

@@ -25,9 +25,10 @@ def no_dynamo():
 
 
 @pytest.fixture(autouse=True)
-def lines_reach_caplog(monkeypatch):
-    """vLLM's logger keeps its lines to itself once something has had vLLM set logging up."""
+def lines_reach_caplog(monkeypatch, caplog):
+    """vLLM's logger keeps its lines to itself; its API server's libraries let the root's handlers print errors alone."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.WARNING)
 
 
 @pytest.fixture(scope="session", autouse=True)
