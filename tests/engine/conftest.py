@@ -26,7 +26,7 @@ def no_dynamo():
 
 @pytest.fixture(autouse=True)
 def lines_reach_caplog(monkeypatch, caplog):
-    """vLLM's logger keeps its lines to itself; its API server's libraries let the root's handlers print errors alone."""
+    """vLLM's logger keeps its lines to itself, and its API server has the root's handlers show errors alone."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.WARNING)
 
