@@ -34,9 +34,9 @@ hopper = sparse_attention.hopper
 
 ARCHS = {80: "ampere", 90: "hopper", 100: "blackwell"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-# By argument name; T is q's dtype, KV the cache's. Any other pointer is to int32.
+# By argument name; Q is q's dtype, KV the cache's, T the output's. Any other pointer is to int32.
 POINTERS = {
-    "q_ptr": "*T",
+    "q_ptr": "*Q",
     "k_ptr": "*KV",
     "v_ptr": "*KV",
     "out_ptr": "*T",
@@ -44,6 +44,7 @@ POINTERS = {
     "piece_ptr": "*fp16",
     "scores_ptr": "*fp32",
     "block_counts_ptr": "*i64",
+    "q_scale_ptr": "*fp32",
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
 }
@@ -66,6 +67,10 @@ class Case:
     @property
     def kv_dtype(self) -> str:
         return "u8" if self.values["FP8"] else self.dtype
+
+    @property
+    def q_dtype(self) -> str:
+        return self.dtype if "q_scale_ptr" in self.absent else "u8"
 
 
 def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: list[bool]) -> Iterator[Case]:
@@ -92,7 +97,10 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     for name, values in PIECES.items():
         select = {**configs.SELECT, **(configs.SELECT_PIECES if values["PIECES"] else {})}[generation, head_size]
         whole = ["piece_ptr"] * (not values["PIECES"])
-        for counted, absent in (("", ()), (", uncounted", ("block_counts_ptr",))):
+        kinds = {"": ["q_scale_ptr"], ", uncounted": ["q_scale_ptr", "block_counts_ptr"]}
+        if True in fp8:
+            kinds[", e4m3 queries"] = []
+        for counted, absent in kinds.items():
             yield case(
                 block_select._block_select_kernel, f"block_select{name}{counted}", launch_values(select),
                 (*whole, *absent), **values,
@@ -107,6 +115,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             if is_fp8 and not page_size:
                 continue
             absent = ["block_table_ptr"] * (not page_size) + ["k_scale_ptr", "v_scale_ptr"] * (not is_fp8)
+            queries = {"": ["q_scale_ptr"], ", e4m3 queries": []} if is_fp8 else {"": ["q_scale_ptr"]}
             paged = dict(PAGE_SIZE=page_size, FP8=is_fp8)
             name = f"page {page_size}{' e4m3' if is_fp8 else ''}"
             for pieces, values in PIECES.items():
@@ -125,13 +134,14 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 elif config.tma and page_size % config.block_n:
                     continue
                 descriptors = () if config.tma else ("k_desc", "v_desc")
-                yield case(
-                    kernel,
-                    f"sparse_attention{suffix} {name}",
-                    launch_values(config),
-                    (*absent, *descriptors),
-                    **paged,
-                )
+                for what, scale in queries.items():
+                    yield case(
+                        kernel,
+                        f"sparse_attention{suffix} {name}{what}",
+                        launch_values(config),
+                        (*absent, *descriptors, *scale),
+                        **paged,
+                    )
 
 
 def skipped() -> Iterator[str]:
@@ -160,7 +170,8 @@ def compile_case(case: Case):
             signature[name] = descriptor_type(case, name, is_gluon)
         elif name.endswith("_ptr"):
             kind = POINTERS.get(name, "*i32")
-            signature[name] = {"*T": f"*{case.dtype}", "*KV": f"*{case.kv_dtype}"}.get(kind, kind)
+            kinds = {"*T": case.dtype, "*Q": case.q_dtype, "*KV": case.kv_dtype}
+            signature[name] = f"*{kinds[kind]}" if kind in kinds else kind
         else:
             signature[name] = "fp32" if name in FLOATS else param.annotation_type or "i32"
         if signature[name][0] in "*iu" and not param.do_not_specialize:

@@ -111,6 +111,7 @@ def flash_prefill_paged(
     *,
     config: FlashPrefillConfig,
     softmax_scale: float,
+    q_scale: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
     workspace: Workspace | None = None,
@@ -119,12 +120,14 @@ def flash_prefill_paged(
     """Causal sparse attention of a step's sparse requests, whose keys and values are all in the cache.
 
     Args:
-        q: [tokens of the step, H, D].
+        q: [tokens of the step, H, D]; float8_e4m3fn only with a cache in e4m3.
         kv: the cache in pages, of a multiple of 16 tokens; on the CPU of any strides. In q's dtype, or e4m3; then the
             kernels clamp q to float16's range. The table's entries are not checked, since that would wait for the
             GPU: each page of a sparse request must be one of the cache's.
         plan: which requests are sparse; what the GPU needs of it is uploaded by its first use.
-        out: [tokens of the step, H, D]; rows of other requests are left alone.
+        q_scale: positive float32 of one element or [G], what e4m3 queries are multiplied by, those of a KV head's
+            group alike; 1 if None.
+        out: [tokens of the step, H, D], in 16 bits where q is e4m3; rows of other requests are left alone.
         block_counts: as of `flash_prefill`.
         workspace: where the GPU's scratch comes from; allocated for this call if None.
         mark: called before the first stage, and after each selection and each attention, which take turns.
@@ -135,11 +138,11 @@ def flash_prefill_paged(
     Raises:
         ValueError: an argument the kernels cannot take; the message names it.
     """
-    check_paged(q, kv, plan, out)
+    check_paged(q, kv, plan, out, q_scale)
     check_block_counts(block_counts, q)
     checked_scale(softmax_scale, q)
     if plan.sparse:
-        options = dict(block_counts=block_counts, workspace=workspace, mark=mark)
+        options = dict(q_scale=q_scale, block_counts=block_counts, workspace=workspace, mark=mark)
         _run_stages(q[None], kv, plan, config, softmax_scale=softmax_scale, out=out[None], **options)
     return out
 

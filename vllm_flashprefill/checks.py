@@ -16,6 +16,7 @@ from vllm_flashprefill.plan import StepPlan
 HEAD_SIZES = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 PAGE_SIZE_MULTIPLE = 16
+E4M3 = torch.float8_e4m3fn
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, *, rank: int) -> None:
@@ -34,8 +35,11 @@ def check_rank(name: str, x: torch.Tensor, rank: int) -> None:
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool = False) -> None:
     """Dtypes, devices, heads, head sizes and strides of q, k and v; paged ones may be in e4m3."""
     on_cpu = q.device.type == "cpu"
+    if q.dtype == E4M3:
+        if not paged or k.dtype not in FP8_DTYPES:
+            raise ValueError(f"q: is {q.dtype}, which goes with paged keys in e4m3 alone, not with {k.dtype}")
     # The CPU takes any; a meta tensor gets the GPU's answer.
-    if (not on_cpu and q.dtype not in DTYPES) or not q.is_floating_point():
+    elif (not on_cpu and q.dtype not in DTYPES) or not q.is_floating_point():
         raise ValueError(f"q: dtype must be bfloat16 or float16, not {q.dtype}")
     if not on_cpu and q.shape[-1] not in HEAD_SIZES:
         raise ValueError(f"q: head dim must be one of {HEAD_SIZES}, not {q.shape[-1]}")
@@ -64,11 +68,12 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: boo
         raise ValueError(f"k: {k.shape[-2]} KV heads do not divide q's {q.shape[-2]} heads")
 
 
-def check_kv_scale(name: str, scale: torch.Tensor | None, cache: torch.Tensor) -> None:
+def check_scale(name: str, scale: torch.Tensor | None, of: torch.Tensor, cache: torch.Tensor) -> None:
+    """scale: what e4m3 queries, keys or values, in `of`, are multiplied by."""
     if scale is None:
         return
-    if cache.dtype not in FP8_DTYPES:
-        raise ValueError(f"{name}: is for an e4m3 cache, not for {cache.dtype}")
+    if of.dtype not in FP8_DTYPES:
+        raise ValueError(f"{name}: is for e4m3, not for {of.dtype}")
     if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32:
         raise ValueError(f"{name}: must be a float32 tensor, not {getattr(scale, 'dtype', type(scale).__name__)}")
     if scale.device != cache.device:
@@ -78,8 +83,11 @@ def check_kv_scale(name: str, scale: torch.Tensor | None, cache: torch.Tensor) -
 
 
 def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
-    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
-        raise ValueError("out: must have q's shape, dtype and device, and a contiguous last dimension")
+    dtypes = DTYPES if q.dtype == E4M3 else (q.dtype,)
+    if out.shape != q.shape or out.dtype not in dtypes or out.device != q.device or out.stride(-1) != 1:
+        raise ValueError(
+            "out: must have q's shape, device and dtype (16 bits if q is e4m3), and a contiguous last dimension"
+        )
 
 
 def check_block_counts(block_counts: torch.Tensor | None, q: torch.Tensor) -> None:
@@ -115,7 +123,9 @@ def checked_bounds(cu_seqlens: torch.Tensor | Sequence[int], total: int) -> list
     return bounds
 
 
-def check_paged(q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tensor) -> None:
+def check_paged(
+    q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tensor, q_scale: torch.Tensor | None = None
+) -> None:
     check_rank("q", q, 3)
     check_rank("k", kv.k, 4)
     check_rank("v", kv.v, 4)
@@ -126,8 +136,8 @@ def check_paged(q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tenso
         raise ValueError(f"k: page size must be a multiple of {PAGE_SIZE_MULTIPLE}, not {page_size}")
     if kv.k.shape[0] < 1:
         raise ValueError("k: has no page")
-    check_kv_scale("k_scale", kv.k_scale, kv.k)
-    check_kv_scale("v_scale", kv.v_scale, kv.v)
+    for name, scale, of in (("q_scale", q_scale, q), ("k_scale", kv.k_scale, kv.k), ("v_scale", kv.v_scale, kv.v)):
+        check_scale(name, scale, of, kv.k)
     if table is None:
         raise ValueError("block_table: is None, but the keys and values are in pages")
     check_rank("block_table", table, 2)

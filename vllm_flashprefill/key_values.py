@@ -45,11 +45,11 @@ class KeyValues:
 
     @property
     def fp8(self) -> bool:
-        return self.k.dtype in FP8_DTYPES
+        return is_e4m3(self.k)
 
     def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v, those in e4m3 as uint8."""
-        return (self.k.view(torch.uint8), self.v.view(torch.uint8)) if self.fp8 else (self.k, self.v)
+        return codes(self.k), codes(self.v)
 
     def of_request(self, request: SparseRequest) -> tuple[torch.Tensor, torch.Tensor]:
         """[S, G, D] each, the keys and values of one request's S tokens so far; e4m3 as float32."""
@@ -65,6 +65,15 @@ class KeyValues:
         return dequantise(x, scale) if self.fp8 else x
 
 
+def is_e4m3(x: torch.Tensor) -> bool:
+    return x.dtype in FP8_DTYPES
+
+
+def codes(x: torch.Tensor) -> torch.Tensor:
+    """x, as uint8 if it is e4m3."""
+    return x.view(torch.uint8) if is_e4m3(x) else x
+
+
 def dequantise(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """What some e4m3 codes stand for.
 
@@ -77,3 +86,18 @@ def dequantise(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """
     values = codes.view(torch.float8_e4m3fn).float()
     return values if scale is None else values * scale.reshape(-1, 1)
+
+
+def dequantise_queries(q: torch.Tensor, scale: torch.Tensor | None, num_kv_heads: int) -> torch.Tensor:
+    """What queries in e4m3 stand for, whose scale may be one for the heads of each KV head.
+
+    Args:
+        q: [..., H, D] e4m3.
+        scale: as of `dequantise`, G being `num_kv_heads`.
+
+    Returns:
+        [..., H, D] in float32.
+    """
+    if scale is not None and scale.numel() > 1:
+        scale = scale.repeat_interleave(q.shape[-2] // num_kv_heads)
+    return dequantise(codes(q), scale)

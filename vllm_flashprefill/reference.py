@@ -15,7 +15,7 @@ import math
 import torch
 
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.key_values import KeyValues, dequantise_queries, is_e4m3
 from vllm_flashprefill.plan import StepPlan
 
 
@@ -251,21 +251,25 @@ def flash_prefill_paged_ref(
     *,
     config: FlashPrefillConfig,
     softmax_scale: float,
+    q_scale: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All four stages for the sparse requests of a step, whose keys and values are all in the cache.
 
     Args:
-        q: [tokens of the step, H, D].
+        q: [tokens of the step, H, D]; float8_e4m3fn, too.
         kv: the cache in pages, of any size and strides.
         plan: which requests are sparse.
+        q_scale: as of `api.flash_prefill_paged`.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
 
     Returns:
         out.
     """
+    if is_e4m3(q):
+        q = dequantise_queries(q, q_scale, kv.num_heads)
     for request in plan.sparse:
         out[request.query_slice] = flash_prefill_ref(
             q[request.query_slice],

@@ -9,6 +9,7 @@ from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
+from vllm_flashprefill.reference import flash_prefill_paged_ref
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -51,6 +52,15 @@ def test_an_e4m3_cache_is_its_scaled_values(dtype, num_scales):
     out = flash_prefill_paged(q, kv, plan, **options, out=torch.empty_like(q))
     assert not expected.isnan().any() and plan.sparse
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    # Queries in e4m3 likewise.
+    few, scale = q.to(torch.float8_e4m3fn), torch.rand(num_scales) if num_scales else None
+    by_head = few.float() * (1 if scale is None else scale.repeat_interleave(4 // num_scales)[:, None])
+    expected = flash_prefill_paged(by_head, KeyValues(*wide, table), plan, **options, out=torch.empty_like(q))
+    out = torch.empty_like(q, dtype=torch.bfloat16)
+    flash_prefill_paged(few, kv, plan, **options, q_scale=scale, out=out)
+    assert torch.equal(out, expected.bfloat16())
+    out = flash_prefill_paged_ref(few, kv, plan, **options, q_scale=scale, out=torch.empty_like(q))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_cpu_caches_have_any_strides():

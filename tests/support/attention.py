@@ -7,6 +7,8 @@ from unittest import mock
 
 import torch
 
+from vllm_flashprefill.key_values import codes
+
 
 def exact_attention(q, k, v, scale, causal=True, most_logits=1 << 26):
     """Attention of the last tokens in float32, [T, H, D]."""
@@ -34,22 +36,24 @@ def _write_cache(key, value, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_s
     slots = slot_mapping[written]
     for x, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
         x = x[: len(slot_mapping)][written]
-        if kv_cache_dtype == "fp8":
-            x = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        if kv_cache_dtype in ("fp8", "fp8_e4m3"):
+            x = (x.float() / scale.view(-1, 1)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
         cache[slots // page_size, slots % page_size] = x
 
 
 def flash_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softmax_scale, causal, **options):
-    """Probabilities are in the output's precision, as in vLLM's kernels."""
+    """Probabilities are in the output's precision, as in vLLM's kernels for 16 bits."""
     assert q[cu_seqlens_q[-1] :].float().isnan().all(), "what belongs to no request is padding"
     for row, (start, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
         seq_len = int(seqused_k[row])
         pages = block_table[row, : math.ceil(seq_len / k.shape[1])].long()
-        keys, values = (cache[pages].flatten(0, 1)[:seq_len].float() for cache in (k, v))
+        # PyTorch takes no rows of e4m3 by their numbers.
+        keys, values = (codes(x)[pages].view(x.dtype).flatten(0, 1)[:seq_len].float() for x in (k, v))
         queries = q[start:end].float()
         if q.dtype == torch.float8_e4m3fn:
-            scales = (options[name][row, :, None] for name in ("q_descale", "k_descale", "v_descale"))
-            queries, keys, values = (x * s[:1] for x, s in zip((queries, keys, values), scales, strict=True))
+            q_scale, k_scale, v_scale = (options[f"{name}_descale"][row, :, None] for name in "qkv")
+            queries = queries * q_scale.repeat_interleave(q.shape[1] // len(q_scale), dim=0)
+            keys, values = keys * k_scale, values * v_scale
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[2], dim=1) for x in (keys, values))
         logits = softmax_scale * torch.einsum("thd,shd->hts", queries, keys)
         if causal:
@@ -59,13 +63,20 @@ def flash_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softm
         out[start:end] = torch.einsum("hts,shd->thd", p.float(), values)
 
 
+def _quantise(x, scale):
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 @contextlib.contextmanager
 def plain_kernels(attention=flash_attention):
     """vLLM's FlashAttention classes call plain PyTorch in place of its kernels."""
+    from vllm import _custom_ops
     from vllm.v1.attention.backends import flash_attn
 
     with (
         mock.patch.object(flash_attn, "reshape_and_cache_flash", _write_cache, create=True),
         mock.patch.object(flash_attn, "flash_attn_varlen_func", attention, create=True),
+        # Of vLLM before 0.12.0, whose layer leaves the query as it is.
+        mock.patch.object(_custom_ops, "scaled_fp8_quant", _quantise),
     ):
         yield

@@ -76,6 +76,7 @@ FIELDS = [field.name for field in dataclasses.fields(KeyValues)]
 def bad_paged_calls(q, elsewhere):
     cache, strided = (q.new_zeros(18, 16, 2, dim) for dim in (64, 128))
     codes = cache.to(torch.uint8)
+    fp8 = dict(k=codes, v=codes)
     table = torch.zeros(1, 18, device=q.device, dtype=torch.int32)
     options = dict(num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0, min_sparse_tokens=0)
     config = FlashPrefillConfig(**options)
@@ -91,10 +92,13 @@ def bad_paged_calls(q, elsewhere):
     def planned(**changes):
         return dataclasses.replace(plan, sparse=(dataclasses.replace(plan.sparse[0], **changes),))
 
-    fp8 = dict(k=codes, v=codes)
     return [
         call("q", q=q[None]),
         call("q", q=codes[0, :1], k=codes, v=codes),
+        call("q", q=q.to(torch.float8_e4m3fn)),
+        call("out", **fp8, q=q.to(torch.float8_e4m3fn), out=q.to(torch.float8_e4m3fn)),
+        call("q_scale", **fp8, q_scale=one),
+        call("q_scale", **fp8, q=q.to(torch.float8_e4m3fn), q_scale=one.repeat(3)),
         call("k", k=cache[0]),
         call("k", k=cache[:, :15], v=cache[:, :15]),
         call("k", k=cache[:, :0], v=cache[:, :0]),

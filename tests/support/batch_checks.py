@@ -14,9 +14,7 @@ import torch
 from tests.support.batch_step import GARBAGE, Step
 from tests.support.random_batch import random_batch
 from tests.support.vllm_side import Side, counted, our_backend, recorded_forward
-from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.device_counts import device_counts
-from vllm_flashprefill.key_values import KeyValues
 
 
 class Pair:
@@ -29,7 +27,7 @@ class Pair:
         self.own_impl, self.own_builder = own.get_impl_cls(), own.get_builder_cls()
         self.vllms = Side(own, self.own_builder, shape, device, full_graphs)
         self.ours = Side(backend, self.own_builder, shape, device, full_graphs)
-        assert self.ours.impl.may_be_sparse is not shape.quantised
+        assert self.ours.impl.may_be_sparse
 
     @contextlib.contextmanager
     def watched(self):
@@ -49,7 +47,7 @@ def check(batch, pair):
     """Raises AssertionError, naming the batch, where something does not hold for it."""
     try:
         with torch.inference_mode():
-            (check_quantised if pair.shape.quantised else check_batch)(batch, pair)
+            check_batch(batch, pair)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\n{pair.shape}\n{batch}") from error
 
@@ -90,9 +88,9 @@ def check_batch(batch, pair):
         assert equal, f"request {row} is not, bit for bit, what it is " + (
             "alone" if is_sparse[row] else "at alpha 0, though it is dense"
         )
-    # vLLM splits keys as the batch suits it.
+    # vLLM splits keys as the batch suits it, and rounds probabilities to e4m3 where the cache is.
     error, worst = step.errors(together, alone[: step.num_tokens].float())
-    eps = torch.finfo(pair.shape.dtype).eps
+    eps = torch.finfo(torch.float8_e4m3fn if pair.shape.quantised else pair.shape.dtype).eps
     assert (error <= eps).all() and (worst <= 4 * eps).all(), f"alone: errors {error}, worst {worst}"
     assert together[step.num_tokens :].isnan().all(), "rows of padding are left alone"
 
@@ -113,8 +111,9 @@ def check_calls(seen, metadata):
 
 def check_cache(step):
     """The step's keys and values are in their slots, and no other slot has changed."""
-    for view, x, _ in step.cache_parts():
+    for view, x, scale in step.cache_parts():
         expected = torch.where(step.owned[:, None, None], x, torch.tensor(GARBAGE, dtype=x.dtype, device=x.device))
+        expected = step.coded(expected, scale)
         assert torch.equal(view, expected.view(view.shape)), "the cache is not what was to be written"
 
 
@@ -123,56 +122,6 @@ def check_errors(ours, vllms, dtype):
     eps = torch.finfo(dtype).eps
     for name, error, other, floor in zip(("error", "worst error"), ours, vllms, (eps / 8, eps), strict=True):
         assert (error <= 2 * other + floor).all(), f"{name} of each request: {error}, vLLM's {other}"
-
-
-def check_quantised(batch, pair):
-    """An e4m3 cache is vLLM's own; the kernels take it, with a query that is not quantised."""
-    step = Step(batch, pair)
-    impl = pair.ours.impl
-    pair.ours.set_config(batch.config(0.0))
-    query = quantised_query(step.query, pair.vllms.impl)
-    common = step.common()
-    with counted() as count, pair.watched() as seen:
-        metadata = step.build(pair.ours, common)
-        out = step.attend(pair.ours, metadata, common, query=query)
-    plan = metadata.flashprefill.plan
-    assert (count.stats.sparse_tokens, count.stats.dense_tokens) == (0, {"quantized_kv_cache": step.num_tokens})
-    ((whole, fields),) = seen.built[:1]
-    (call,) = seen.calls
-    assert call["attn_metadata"] is whole is metadata
-    assert all(vars(metadata)[name] is value for name, value in fields.items())
-    vllms = step.attend(pair.vllms, step.build(pair.vllms, common), common, query=query)
-    assert torch.equal(out[: step.num_tokens], vllms[: step.num_tokens])
-    assert out[: step.num_tokens].isfinite().all() and out[step.num_tokens :].isnan().all()
-
-    held = []
-    for view, x, scale in step.cache_parts():
-        values = view.view(torch.float8_e4m3fn).float().reshape(x.shape) * scale
-        wrong = (values - x.float()).abs() > 0.07 * x.float().abs() + 0.002 * scale
-        assert not (wrong & step.owned[:, None, None]).any(), "the cache is not what was to be written"
-        held.append(values)
-    direct = torch.full_like(step.query, math.nan)
-    scales = pair.ours.layer._k_scale, pair.ours.layer._v_scale
-    flash_prefill_paged(
-        step.query, KeyValues(*impl.paged_kv(step.cache), step.block_table, *scales), plan,
-        config=batch.config(0.0), softmax_scale=pair.shape.scale, out=direct,
-        block_counts=device_counts(pair.device).new_layer().blocks,
-    )  # fmt: skip
-    eps = torch.finfo(pair.shape.dtype).eps
-    error, worst = step.errors(direct, step.exact(*held))
-    for request in plan.sparse:
-        row = request.index
-        assert error[row] <= eps and worst[row] <= 4 * eps, f"request {row}: error {error[row]}, worst {worst[row]}"
-    pieces = step.pieces(direct)
-    assert all(pieces[row].isnan().all() for row in plan.dense), "rows of dense requests are left alone"
-
-
-def quantised_query(query, impl):
-    """As vLLM's layer hands it to this impl."""
-    takes = getattr(impl, "supports_quant_query_input", False)
-    if not (takes() if callable(takes) else takes):
-        return query
-    return query.float().clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def fill_scratch(workspace):

@@ -5,8 +5,10 @@ import numpy as np
 import torch
 
 from tests.support.attention import exact_attention
-from tests.support.vllm_side import K_SCALE, V_SCALE, common_fields, common_metadata, common_values
+from tests.support.vllm_side import common_fields, common_metadata, common_values
 from vllm_flashprefill.backend import builder as builder_module
+from vllm_flashprefill.backend.layer_routing import has_quantised_query
+from vllm_flashprefill.key_values import dequantise, dequantise_queries
 
 # Free slots hold this: finite, since vLLM's kernels multiply it by a probability of 0, and not to be missed.
 GARBAGE = 30_000.0
@@ -76,21 +78,30 @@ class Step:
         # What each slot of the cache holds once the step's tokens are in it.
         self.k = (randn(num_slots, kv_heads, shape.head_size) + 1.5 * theme[to_device(theme_of_slot)]).to(shape.dtype)
         self.v = randn(num_slots, kv_heads, shape.head_size).to(shape.dtype)
+        if shape.quantised:
+            self.k, self.v = (dequantise(self.coded(x, scale), scale) for x, scale in zip(
+                (self.k, self.v), (pair.ours.layer._k_scale, pair.ours.layer._v_scale), strict=True))  # fmt: skip
         head = torch.arange(shape.heads, device=self.device) // group
         drawn = theme[to_device(np.stack(theme_of_query)), head][to_device(np.concatenate(block_of_query))]
         q = (randn(self.num_tokens, shape.heads, shape.head_size) + 0.8 * drawn).to(shape.dtype)
         new = self.slot_mapping[: self.num_tokens]
-        parts = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, batch.padding), value=math.nan)
+        parts = [torch.nn.functional.pad(x.to(shape.dtype), (0, 0, 0, 0, 0, batch.padding), value=math.nan)
                  for x in (q, self.k[new], self.v[new])]  # fmt: skip
         if batch.fused_qkv:
             parts = torch.cat(parts, dim=1).split([shape.heads, kv_heads, kv_heads], dim=1)
         self.query, self.key, self.value = parts
+        self.exact_query = self.query
+        if has_quantised_query(pair.ours.impl):
+            # As vLLM's layer does, whatever the query was a part of.
+            scale = pair.ours.layer._q_scale
+            self.query = self.coded(self.query, scale, shape.heads // kv_heads).view(torch.float8_e4m3fn)
+            self.exact_query = dequantise_queries(self.query, scale, kv_heads)
 
         self.cache = self.new_cache()
         empty = torch.where(to_device(written), math.nan, GARBAGE).to(shape.dtype)[:, None, None]
         in_context = to_device(context & ~written)[:, None, None]
         for view, x, scale in self.cache_parts():
-            view.copy_(self.coded(torch.where(in_context, x, empty), scale).view(view.shape))
+            view.copy_(self.coded(torch.where(in_context, x.to(shape.dtype), empty), scale).view(view.shape))
 
     def new_cache(self):
         """As vLLM makes it, in the layout asked for."""
@@ -122,12 +133,15 @@ class Step:
     def cache_parts(self):
         """(view of the cache [pages, page size, G, D], what it is to hold [slots, G, D], scale) of keys and values."""
         k_cache, v_cache = self.pair.ours.impl.paged_kv(self.cache)
-        return (k_cache, self.k, K_SCALE), (v_cache, self.v, V_SCALE)
+        layer = self.pair.ours.layer
+        return (k_cache, self.k, layer._k_scale), (v_cache, self.v, layer._v_scale)
 
-    def coded(self, x, scale):
+    def coded(self, x, scale, heads_of_one=1):
+        """[..., heads, D] as it lies in the cache. scale: one, or one for every so many heads."""
         if not self.pair.shape.quantised:
             return x
-        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        scale = scale.repeat_interleave(heads_of_one) if scale.numel() > 1 else scale
+        return (x.float() / scale.view(-1, 1)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
 
     def common(self, rows=None):
         """What the model runner tells builders of the batch, or of some of its requests as a batch of their own."""
@@ -150,10 +164,9 @@ class Step:
         with mock.patch.object(builder_module, "prompt_lengths", lambda *_: lengths):
             return side.builder.build(0, common)
 
-    def attend(self, side, metadata, common, tokens=slice(None), query=None):
+    def attend(self, side, metadata, common, tokens=slice(None)):
         """What a layer does: write the cache where that is apart, then `forward` into an output full of NaN."""
-        query = (self.query if query is None else query)[tokens]
-        key, value = self.key[tokens], self.value[tokens]
+        query, key, value = (x[tokens] for x in (self.query, self.key, self.value))
         out = torch.full(query.shape, math.nan, dtype=self.pair.shape.dtype, device=self.device)
         if hasattr(side.impl, "do_kv_cache_update"):
             side.impl.do_kv_cache_update(side.layer, key, value, self.cache, common.slot_mapping)
@@ -173,12 +186,11 @@ class Step:
     def pieces(self, out):
         return out[: self.num_tokens].split(self.query_lens.tolist())
 
-    def exact(self, k=None, v=None):
+    def exact(self):
         """Dense attention of the batch in float32, [tokens, H, D]."""
-        k, v = self.k if k is None else k, self.v if v is None else v
         return torch.cat(
-            [exact_attention(q, k[slot], v[slot], self.pair.shape.scale)
-             for q, slot in zip(self.pieces(self.query), self.slots, strict=True)]
+            [exact_attention(q, self.k[slot], self.v[slot], self.pair.shape.scale)
+             for q, slot in zip(self.pieces(self.exact_query), self.slots, strict=True)]
         )  # fmt: skip
 
     def errors(self, out, exact):

@@ -67,11 +67,11 @@ def engine(options=None, **changes):
         answers = answer(generate.llm, batch)
         return answers, vllm_flashprefill.stats() - before
 
-    generate.llm = LLM(**engine_arguments(**changes))
     try:
+        generate.llm = LLM(**engine_arguments(**changes))
         yield generate
     finally:
-        del generate.llm
+        generate.llm = None
         free_engine()
         vllm_flashprefill.revert()
 

@@ -32,8 +32,10 @@ class Batch:
     requests: list
     q: torch.Tensor  # [1, tokens, H, D]
     kv: KeyValues
-    parts: list  # (q [T, H, D], k [S, G, D], v) of each request; k and v in float32 where the batch's are e4m3
+    parts: list  # (q [T, H, D], k [S, G, D], v) of each request, what e4m3 stands for; k and v then in float32
     schedule: Schedule
+    dtype: torch.dtype  # of the output
+    q_scale: torch.Tensor | None = None
 
 
 def make_batch(
@@ -46,6 +48,7 @@ def make_batch(
     dtype=torch.float16,
     kv_dtype=None,
     kv_scales="none",
+    q_e4m3=False,
     heads_first=False,
     beside=False,
     fused_qkv=False,
@@ -55,8 +58,8 @@ def make_batch(
     slab_bytes=None,
 ):
     """kv_dtype: the e4m3 dtype of the cache, if it is one. kv_scales: its scales, "none", "one" or one a "head".
-    heads_first: pages hold head after head. beside: a head's keys and values lie beside each other. fused_qkv: q is a
-    part of the rows of one projection's output."""
+    q_e4m3: the queries are in e4m3 too, with scales likewise. heads_first: pages hold head after head. beside: a head's
+    keys and values lie beside each other. fused_qkv: q is a part of the rows of one projection's output."""
     device = torch.device(device)
     parts = [
         structured(
@@ -64,7 +67,16 @@ def make_batch(
         )
         for n, r in enumerate(requests)
     ]
-    q = torch.cat([part[0] for part in parts])
+    q_scale = None
+    if q_e4m3:
+        if kv_scales != "none":
+            q_scale = torch.arange(1, (kv_heads if kv_scales == "head" else 1) + 1, device=device) / 64
+        scale = q_scale if q_scale is None else q_scale.repeat_interleave(heads // len(q_scale))
+        queries = [quantised(part[0], scale) for part in parts]
+        parts = [(dequantise(x, scale).to(dtype), *part[1:]) for x, part in zip(queries, parts, strict=True)]
+        q = torch.cat(queries)
+    else:
+        q = torch.cat([part[0] for part in parts])
     if fused_qkv:
         qkv = q.new_full((len(q), heads + 2 * kv_heads, dim), torch.nan)
         qkv[:, :heads] = q
@@ -102,7 +114,7 @@ def make_batch(
     schedule = schedule_requests(
         sparse, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
     )
-    return Batch(requests, q[None], KeyValues(k, v, block_table, **scales), parts, schedule)
+    return Batch(requests, q[None], KeyValues(k, v, block_table, **scales), parts, schedule, dtype, q_scale)
 
 
 def planned_batch(requests, config, **options):
@@ -125,7 +137,7 @@ def run_select(batch, config, scale):
     pieces = None
     if config.piece_size:
         shape = (batch.kv.num_heads, schedule.num_mean_rows, config.num_pieces, batch.q.shape[3])
-        pieces = batch.q.new_full(shape, torch.nan, dtype=MEAN_DTYPE)
+        pieces = torch.full(shape, torch.nan, dtype=MEAN_DTYPE, device=batch.q.device)
     mean = block_mean(batch.kv, schedule, pieces=pieces)
     masks = [
         torch.zeros(heads, -(-r.seq_len // 128) - r.context_len // 128, -(-r.seq_len // 128), dtype=torch.bool)
@@ -136,9 +148,9 @@ def run_select(batch, config, scale):
     for slab in schedule.slabs:
         lists, counts = pipeline.list_scratch(batch.q, schedule)
         lists.fill_(-1)
-        scratch = batch.q.new_full((slab.num_items * heads, schedule.max_key_blocks), torch.nan, dtype=torch.float32)
-        chosen = dict(pieces=pieces, config=config, softmax_scale=scale, lists=lists, counts=counts, scores=scratch)
-        block_select(batch.q, mean, schedule, slab, **chosen)
+        scratch = torch.full((slab.num_items * heads, schedule.max_key_blocks), torch.nan, device=batch.q.device)
+        chosen = dict(pieces=pieces, config=config, lists=lists, counts=counts, scores=scratch)
+        block_select(batch.q, mean, schedule, slab, softmax_scale=scale, q_scale=batch.q_scale, **chosen)
         lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
         for n in range(slab.num_items):
             row, block, slot = items[slab.first_item + n]
@@ -196,12 +208,13 @@ def lists_of(masks, batch, slab):
 
 def run_attention(batch, masks, scale):
     """Stage 4 fed some masks, into a NaN-filled output; [T, H, D] of each request."""
-    out = torch.full_like(batch.q, torch.nan)
+    out = torch.full_like(batch.q, torch.nan, dtype=batch.dtype)
     for slab in batch.schedule.slabs:
         lists, counts = lists_of(masks, batch, slab)
         sparse_attention(
-            batch.q, batch.kv, batch.schedule, slab, lists=lists, counts=counts, softmax_scale=scale, out=out
-        )
+            batch.q, batch.kv, batch.schedule, slab, lists=lists, counts=counts, softmax_scale=scale,
+            q_scale=batch.q_scale, out=out,
+        )  # fmt: skip
     return split(out, batch)
 
 
@@ -283,13 +296,13 @@ def check_all(batch, config, scale):
     check_select(batch, config, scale)
     check_attention(batch, config, scale)
     masks, _ = run_select(batch, config, scale)
-    out = torch.full_like(batch.q, torch.nan)
+    out = torch.full_like(batch.q, torch.nan, dtype=batch.dtype)
     counts = torch.zeros(2, dtype=torch.int64, device=out.device)
     workspace = nan_workspace(out.device)
     marks = []
     for _ in range(2):
         pipeline.run_stages(
-            batch.q, batch.kv, batch.schedule, config=config, softmax_scale=scale, out=out,
+            batch.q, batch.kv, batch.schedule, config=config, softmax_scale=scale, q_scale=batch.q_scale, out=out,
             block_counts=counts, workspace=workspace, mark=lambda: marks.append(None),
         )  # fmt: skip
     assert len(marks) == 2 * (1 + 2 * len(batch.schedule.slabs))

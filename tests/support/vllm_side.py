@@ -15,11 +15,12 @@ from unittest import mock
 import torch
 
 from vllm_flashprefill import counters
+from vllm_flashprefill.backend.layer_routing import has_quantised_query
 from vllm_flashprefill.patches.versions import installed_vllm, support_for
 
 MAX_TOKENS = 8192
 LAYER = "model.layers.1.self_attn.attn"
-K_SCALE, V_SCALE = 0.05, 0.03
+Q_SCALE, K_SCALE, V_SCALE = 0.02, 0.05, 0.03
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Shape:
     dtype: torch.dtype
     page_size: int
     kv_cache_dtype: str = "auto"
+    scales_by_head: bool = False
 
     @property
     def scale(self):
@@ -43,6 +45,7 @@ class Shape:
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.") + ("-e4m3" if self.quantised else "")
+        dtype += "-scales by head" * self.scales_by_head
         return f"{self.heads}/{self.kv_heads}x{self.head_size}-{dtype}-pages{self.page_size}"
 
 
@@ -64,16 +67,18 @@ def vllm_config(heads, kv_heads, head_size, dtype, kv_cache_dtype, full_graphs):
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        return EngineArgs(
+        made = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
             dtype=str(dtype).removeprefix("torch."),
-            kv_cache_dtype=kv_cache_dtype,
             max_model_len=MAX_TOKENS,
             max_num_batched_tokens=MAX_TOKENS,
             max_num_seqs=64,
             enforce_eager=not full_graphs,
         ).create_engine_config()
+    # Not asked for: before 0.24.0 a CPU has none.
+    made.cache_config.cache_dtype = kv_cache_dtype
+    return made
 
 
 def our_backend():
@@ -128,12 +133,14 @@ class Side:
                 | impl
             )
             self.impl = backend.get_impl_cls()(**impl)
-            one, k_scale, v_scale = (
-                torch.full((1,), x, dtype=torch.float32, device=device)
-                for x in ((1, K_SCALE, V_SCALE) if shape.quantised else (1, 1, 1))
-            )
+            scales = (Q_SCALE, K_SCALE, V_SCALE) if shape.quantised else (1, 1, 1)
+            of_heads = torch.arange(1, shape.kv_heads + 1) if shape.scales_by_head else torch.ones(())
+            q_scale, k_scale, v_scale = (x * of_heads.to(device, torch.float32) for x in scales)
+            if not has_quantised_query(self.impl):
+                # The impl quantises it itself, all heads alike.
+                q_scale = q_scale.flatten()[:1]
             self.layer = SimpleNamespace(
-                layer_name=LAYER, impl=self.impl, _q_scale=one, _k_scale=k_scale, _v_scale=v_scale
+                layer_name=LAYER, impl=self.impl, _q_scale=q_scale, _k_scale=k_scale, _v_scale=v_scale
             )
             # Where the builder finds what to compile the kernels for.
             layers = config.compilation_config.static_forward_context

@@ -12,11 +12,11 @@ from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.builder import FlashPrefillStep
 from vllm_flashprefill.backend.density_guard import DensityGuard
 from vllm_flashprefill.backend.device_counts import LayerCounts, NoCounts, device_counts
-from vllm_flashprefill.backend.layer_routing import impl_dense_reason, layer_dense_reason
+from vllm_flashprefill.backend.layer_routing import has_e4m3_cache, impl_dense_reason, layer_dense_reason
 from vllm_flashprefill.config import FlashPrefillConfig, strict
 from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.kernels.workspace import Workspace
-from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.key_values import KeyValues, codes, is_e4m3
 from vllm_flashprefill.routing import DenseReason
 
 logger = logging.getLogger("vllm.flashprefill")
@@ -29,10 +29,12 @@ class FlashPrefillImplMixin:
     class says how its cache looks (`paged_kv`), and how it is written (`write_kv`, or `KVWrittenBeforeMixin`).
 
     Attributes:
+        takes_e4m3: whether the cache of a sparse layer may be in e4m3.
         dense_forward_writes_kv: whether vLLM's `forward` must be given keys and values, which it then writes again.
         self_check_failed: whether this kind of layer got something other than vLLM's own attention at alpha 0.
     """
 
+    takes_e4m3 = False
     dense_forward_writes_kv = False
     self_check_failed = False
     # Where the kernels' scratch comes from; the CPU's stages allocate theirs.
@@ -104,7 +106,9 @@ class FlashPrefillImplMixin:
             shape = tuple(kv_cache.shape)
             logger.error("FlashPrefill: a layer stays dense, since its cache is %s: %s", shape, error)
             return DenseReason.SELF_CHECK
-        if reason is None and k_cache.dtype != query.dtype:
+        if reason is None and (has_e4m3_cache(self) != is_e4m3(k_cache)):
+            return DenseReason.DTYPE
+        if reason is None and k_cache.dtype != query.dtype and not is_e4m3(k_cache):
             return DenseReason.DTYPE
         if reason is None and k_cache.shape[2:] != (self.num_kv_heads, self.head_size):
             return DenseReason.KV_CACHE_LAYOUT
@@ -126,7 +130,7 @@ class FlashPrefillImplMixin:
 
         Args:
             query, key, value, output: [tokens or more, heads, D], or [tokens, heads * D], as of vLLM's `forward`; rows
-                of padding, at the end, belong to no request.
+                of padding, at the end, belong to no request. The query is in e4m3 where vLLM's layer quantises it.
             scales, named_scales: of a quantised output, which vLLM's own attention refuses.
         """
         if any(scale is not None for scale in (*scales, *named_scales.values())):
@@ -141,18 +145,20 @@ class FlashPrefillImplMixin:
         if step.dense_metadata is not None:
             rows = step.dense_rows
             together = isinstance(rows, slice)
-            part = q[rows]
-            part_out = out[rows] if together else torch.empty_like(part)
+            # PyTorch takes no rows of e4m3 by their numbers.
+            part = codes(q)[rows].view(q.dtype)
+            part_out = out[rows] if together else out.new_empty(part.shape)
             kv = (key[rows], value[rows]) if self.dense_forward_writes_kv else (None, None)
             self.forward_dense(layer, part, *kv, kv_cache, step.dense_metadata, part_out)
             if not together:
                 out[rows] = part_out
         flash_prefill_paged(
             q,
-            KeyValues(*self.paged_kv(kv_cache), step.block_table),
+            self.key_values(layer, kv_cache, step.block_table),
             step.plan,
             config=self.flashprefill_config,
             softmax_scale=self.scale,
+            q_scale=layer._q_scale if is_e4m3(q) else None,
             out=out,
             block_counts=self._counts.blocks,
             workspace=self._workspace,
@@ -160,6 +166,10 @@ class FlashPrefillImplMixin:
         )
         self._counts.step_done(step.plan, self.num_heads)
         return out.view(query.shape) if output is None else output
+
+    def key_values(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor | None) -> KeyValues:
+        scales = (layer._k_scale, layer._v_scale) if has_e4m3_cache(self) else ()
+        return KeyValues(*self.paged_kv(kv_cache), block_table, *scales)
 
     def forward_dense(
         self,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_flashprefill.backend.layer_routing import PLAIN_CACHE_DTYPES
+from vllm_flashprefill.backend.layer_routing import E4M3_CACHE_DTYPES, PLAIN_CACHE_DTYPES
 from vllm_flashprefill.checks import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
@@ -29,7 +29,7 @@ def engine_dense_reason(
     return (
         _model_reason(model)
         or _backend_reason(backend, capability)
-        or _cache_reason(getattr(vllm_config, "cache_config", None))
+        or _cache_reason(getattr(vllm_config, "cache_config", None), capability)
         or _parallel_reason(getattr(vllm_config, "parallel_config", None))
         or (_gpu_reason(model) if capability is not None else None)
         or _layers_reason(model, getattr(vllm_config, "cache_config", None), config)
@@ -85,10 +85,14 @@ def _backend_reason(backend: str | None, capability: tuple[int, int] | None) -> 
     return None
 
 
-def _cache_reason(cache: Any) -> str | None:
+def _cache_reason(cache: Any, capability: tuple[int, int] | None) -> str | None:
     cache_dtype = getattr(cache, "cache_dtype", "auto")
     if cache_dtype not in PLAIN_CACHE_DTYPES and not getattr(cache, "kv_cache_dtype_skip_layers", None):
-        return f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, or float16"
+        if cache_dtype not in E4M3_CACHE_DTYPES:
+            return f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, float16 or fp8"
+        if capability is None or capability[0] not in (9, 10):
+            # vLLM's FlashAttention, whose place is taken, has none elsewhere.
+            return f"the KV cache is {cache_dtype}, which is sparse on Hopper GPUs; ask for --kv-cache-dtype bfloat16"
     page_size = getattr(cache, "block_size", None)
     if isinstance(page_size, int) and page_size % PAGE_SIZE_MULTIPLE:
         return (

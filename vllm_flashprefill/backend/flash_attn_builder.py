@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 
 from vllm_flashprefill.backend.builder import NO_STEP, FlashPrefillBuilderMixin
+from vllm_flashprefill.backend.layer_routing import has_e4m3_cache
 from vllm_flashprefill.backend.self_check import compared_on_gpu
 from vllm_flashprefill.backend.warmup import compile_kernels
 from vllm_flashprefill.plan import StepPlan
+
+logger = logging.getLogger("vllm.flashprefill")
 
 
 class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
@@ -20,6 +25,9 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
     """
 
     def prepare_layers(self) -> None:
+        for layer in self.own_layers():
+            if has_e4m3_cache(layer.impl) and not layer.impl.never_sparse():
+                _say_scales(layer)
         if torch.device(self.device).type == "cuda":
             compile_kernels(
                 (layer.impl for layer in self.own_layers()),
@@ -49,6 +57,20 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
             return super().build_dense(part, plan)
         finally:
             self.use_full_cuda_graph, self.max_num_splits = kept
+
+
+def _say_scales(layer: Any) -> None:
+    scales = [getattr(layer, f"_{name}_scale_float", None) for name in "kv"]
+    if scales == [1.0, 1.0] and not getattr(layer, "calculate_kv_scales", False):
+        _say_no_scales()
+
+
+@functools.cache
+def _say_no_scales() -> None:
+    logger.warning(
+        "FlashPrefill: keys and values lie in e4m3 as they are (a scale of 1.0), since the checkpoint has no scales; "
+        "see what that costs in accuracy"
+    )
 
 
 def without_mixed_batches(support: Any) -> Any:

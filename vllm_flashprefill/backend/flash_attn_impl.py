@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 
 from vllm_flashprefill.backend.attention_impl import FlashPrefillImplMixin
-from vllm_flashprefill.backend.layer_routing import impl_dense_reason
+from vllm_flashprefill.backend.layer_routing import has_e4m3_cache, impl_dense_reason
 from vllm_flashprefill.checks import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.kernels.workspace import scratch_bytes, shared_workspace
+from vllm_flashprefill.key_values import FP8_DTYPES
 from vllm_flashprefill.routing import DenseReason
+
+logger = logging.getLogger("vllm.flashprefill")
 
 
 class FlashAttnImplMixin(FlashPrefillImplMixin):
@@ -21,6 +26,7 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
         kernels_failed: whether they raised when they were warmed up for this kind of layer.
     """
 
+    takes_e4m3 = True
     kernels_failed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,9 +61,32 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
             return reason
         if self.head_size not in HEAD_SIZES:
             return DenseReason.HEAD_SIZE
-        if kv_cache.dtype not in DTYPES:
+        if kv_cache.dtype not in (FP8_DTYPES if has_e4m3_cache(self) else DTYPES):
             return DenseReason.DTYPE
+        if has_e4m3_cache(self) and not self._scales_fit(layer):
+            return DenseReason.QUANTIZED_KV_CACHE
         k_cache, v_cache = self.paged_kv(kv_cache)
         if k_cache.shape[1] % PAGE_SIZE_MULTIPLE or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
             return DenseReason.KV_CACHE_LAYOUT
         return DenseReason.KERNEL_FAILED if self.kernels_failed else None
+
+    def _scales_fit(self, layer: Any) -> bool:
+        """Whether the scales of its e4m3 cache are such as the kernels take; what they are is said where not."""
+        for name in ("_q_scale", "_k_scale", "_v_scale"):
+            scale = getattr(layer, name)
+            if scale.dtype != torch.float32 or (scale.numel() != 1 and scale.shape != (self.num_kv_heads,)):
+                _warn_scale(name[1:], tuple(scale.shape), scale.dtype, self.num_kv_heads)
+                return False
+        return True
+
+
+@functools.cache
+def _warn_scale(name: str, shape: tuple[int, ...], dtype: torch.dtype, num_kv_heads: int) -> None:
+    logger.warning(
+        "FlashPrefill: layers with a %s of shape %s in %s stay dense: the kernels take one of float32, or one for each "
+        "of %d KV heads",
+        name,
+        shape,
+        dtype,
+        num_kv_heads,
+    )

@@ -11,6 +11,8 @@ from vllm_flashprefill.routing import DenseReason
 
 # vLLM's names of caches that hold what the model computes.
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+# Of caches in e4m3 with one scale for all keys of a layer and one for its values, or one for each KV head.
+E4M3_CACHE_DTYPES = ("fp8", "fp8_e4m3")
 
 
 def layer_dense_reason(impl: Any, layer_name: str, config: FlashPrefillConfig) -> DenseReason | None:
@@ -46,8 +48,8 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
 
     Args:
         impl: a vLLM attention impl; what it carries of `attn_type`, `sliding_window`, `logits_soft_cap`,
-            `alibi_slopes`, `sinks`, `kv_sharing_target_layer_name`, `kv_cache_dtype`, `dcp_world_size`,
-            `pcp_world_size` and `batch_invariant_enabled` is read.
+            `alibi_slopes`, `sinks`, `kv_sharing_target_layer_name`, `kv_cache_dtype`, `takes_e4m3`,
+            `dcp_world_size`, `pcp_world_size` and `batch_invariant_enabled` is read.
     """
     attn_type = getattr(impl, "attn_type", "decoder")
     attn_type = getattr(attn_type, "value", attn_type)
@@ -66,13 +68,24 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
     if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
         return DenseReason.KV_SHARING
     if getattr(impl, "kv_cache_dtype", "auto") not in PLAIN_CACHE_DTYPES:
-        return DenseReason.QUANTIZED_KV_CACHE
+        if not (has_e4m3_cache(impl) and getattr(impl, "takes_e4m3", False)):
+            return DenseReason.QUANTIZED_KV_CACHE
     if getattr(impl, "dcp_world_size", 1) > 1 or getattr(impl, "pcp_world_size", 1) > 1:
         return DenseReason.CONTEXT_PARALLEL
     if getattr(impl, "batch_invariant_enabled", False):
         # A chunk's start within a block changes what is selected, and other requests move where chunks start.
         return DenseReason.BATCH_INVARIANT
     return None
+
+
+def has_e4m3_cache(impl: Any) -> bool:
+    return getattr(impl, "kv_cache_dtype", "auto") in E4M3_CACHE_DTYPES
+
+
+def has_quantised_query(impl: Any) -> bool:
+    """Whether vLLM hands this impl queries in e4m3, as it may where the cache is. A method of it, in 0.12.0 to 0.15."""
+    takes = getattr(impl, "supports_quant_query_input", False)
+    return has_e4m3_cache(impl) and bool(takes() if callable(takes) else takes)
 
 
 def layer_index(layer_name: str) -> int:

@@ -18,7 +18,9 @@ import torch
 
 from vllm_flashprefill.backend.batch import batch_class
 from vllm_flashprefill.backend.device_counts import NoCounts
+from vllm_flashprefill.backend.layer_routing import has_e4m3_cache
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig, strict
+from vllm_flashprefill.key_values import dequantise
 
 logger = logging.getLogger("vllm.flashprefill")
 
@@ -111,27 +113,33 @@ def _check(builder: Any, layer: Any) -> None:
         keys, values = (random(len(batch.slots), impl.num_kv_heads) for _ in range(2))
         query = random(batch.num_queries, impl.num_heads)
         new_keys, new_values = keys[batch.is_new], values[batch.is_new]
-        where = batch.num_pages, batch.page_size, impl.num_kv_heads, impl.head_size, _dtype(builder), device
+        dtype = torch.uint8 if has_e4m3_cache(impl) else _dtype(builder)
+        where = batch.num_pages, batch.page_size, impl.num_kv_heads, impl.head_size, dtype, device
+        if has_e4m3_cache(impl):
+            # What e4m3 holds of them at these scales.
+            keys, values = (x.clamp(-448 * s.view(-1, 1), 448 * s.view(-1, 1)) for x, s in zip(
+                (keys, values), (layer._k_scale, layer._v_scale), strict=True))  # fmt: skip
+            query = _as_handed(layer, query)
         cache = builder.new_cache(*where).zero_()
         if impl.dense_reason(layer, cache, metadata) is not None:
             return
         _write(impl, layer, keys, values, cache, metadata, batch.slots)
-        _read_back(impl, cache, batch.slots, keys, values)
+        _read_back(impl, layer, cache, batch.slots, keys, values)
 
-        expected, cache_of_vllm = torch.zeros_like(query), cache.clone()
+        expected, cache_of_vllm = torch.zeros_like(query, dtype=_dtype(builder)), cache.clone()
         for view in impl.paged_kv(cache_of_vllm):
             view[batch.new_slots // batch.page_size, batch.new_slots % batch.page_size] = 0
         if hasattr(impl, "do_kv_cache_update"):
             impl.do_kv_cache_update(layer, new_keys, new_values, cache_of_vllm, batch.new_slots)
         given = new_keys, new_values, cache_of_vllm
         impl.vllm_forward(layer, query, *given, metadata, expected)
-        _read_back(impl, cache_of_vllm, batch.slots, keys, values)
-        found = torch.zeros_like(query)
+        _read_back(impl, layer, cache_of_vllm, batch.slots, keys, values)
+        found = torch.zeros_like(expected)
         impl.forward_sparse(layer, query, new_keys, new_values, cache, metadata, found)
 
-    # Both round to the dtype, at most a few times.
+    # Both round to the dtype, at most a few times; vLLM's rounds probabilities to e4m3 where the cache is.
     error = (found.float() - expected.float()).norm() / expected.float().norm()
-    tolerance = max(1e-3, 4 * torch.finfo(query.dtype).eps)
+    tolerance = max(1e-3, 4 * torch.finfo(found.dtype).eps) if not has_e4m3_cache(impl) else 0.1
     if not error <= tolerance:
         raise Failed(f"attention that keeps every block differs from vLLM's own by {error:.2g}, relative")
 
@@ -237,8 +245,23 @@ def _write(impl: Any, layer: Any, keys: Any, values: Any, cache: Any, metadata: 
         impl.write_kv(layer, keys, values, cache, whole)
 
 
-def _read_back(impl: Any, cache: Any, slots: torch.Tensor, keys: Any, values: Any) -> None:
-    for view, x in zip(impl.paged_kv(cache), (keys, values), strict=True):
+def _read_back(impl: Any, layer: Any, cache: Any, slots: torch.Tensor, keys: Any, values: Any) -> None:
+    kv = impl.key_values(layer, cache, None)
+    for view, scale, x in zip(kv.codes(), (kv.k_scale, kv.v_scale), (keys, values), strict=True):
         page_size = view.shape[1]
-        if not torch.equal(view[slots // page_size, slots % page_size], x):
+        held = view[slots // page_size, slots % page_size]
+        if kv.fp8:
+            # Half a step of e4m3, which has three bits after the first, and none below 2**-9.
+            tolerance = x.float().abs() / 14 + 2**-9 * scale.reshape(-1, 1)
+            equal = ((dequantise(held, scale) - x.float()).abs() <= tolerance).all()
+        else:
+            equal = torch.equal(held, x)
+        if not equal:
             raise Failed("what is written into its cache is not what is read from it")
+
+
+def _as_handed(layer: Any, query: torch.Tensor) -> torch.Tensor:
+    """[tokens, H, D], as vLLM's layer hands them to its impl."""
+    if (quantise := getattr(layer, "query_quant", None)) is None:
+        return query
+    return quantise(query.flatten(1), layer._q_scale)[0].view(query.shape)

@@ -10,7 +10,8 @@ import torch
 
 from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
-from vllm_flashprefill.checks import DTYPES, PAGE_SIZE_MULTIPLE
+from vllm_flashprefill.backend.layer_routing import has_e4m3_cache, has_quantised_query
+from vllm_flashprefill.checks import DTYPES, E4M3, PAGE_SIZE_MULTIPLE
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import SparseRequest, StepPlan
 
@@ -41,10 +42,12 @@ def compile_kernels(
             continue
         config = impl.flashprefill_config
         constants = config.num_pieces, config.num_sink_blocks, config.num_window_blocks
-        kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtype, device, constants)
+        dtypes = dtype, has_e4m3_cache(impl), has_quantised_query(impl)
+        kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtypes, device, constants)
         if kind not in _compiled:
             _compiled.add(kind)
             described = f"{impl.num_heads}/{impl.num_kv_heads} heads of {impl.head_size}, {dtype}, pages of {page_size}"
+            described += " in e4m3" * has_e4m3_cache(impl)
             started = time.perf_counter()
             try:
                 _run_kernels(impl, new_cache, page_size, dtype, device)
@@ -73,15 +76,19 @@ def _run_kernels(
 ) -> None:
     length = 256
     num_pages = -(-length // page_size)
-    cache = new_cache(num_pages, page_size, impl.num_kv_heads, impl.head_size, dtype, device).zero_()
-    q = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
+    is_e4m3, one = has_e4m3_cache(impl), torch.ones(1, device=device)
+    cache_dtype = torch.uint8 if is_e4m3 else dtype
+    cache = new_cache(num_pages, page_size, impl.num_kv_heads, impl.head_size, cache_dtype, device).zero_()
+    out = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
+    block_table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
     flash_prefill_paged(
-        q,
-        KeyValues(*impl.paged_kv(cache), torch.arange(num_pages, dtype=torch.int32, device=device)[None]),
+        out.to(E4M3) if has_quantised_query(impl) else torch.zeros_like(out),
+        KeyValues(*impl.paged_kv(cache), block_table, *([one, one] if is_e4m3 else [])),
         StepPlan((SparseRequest(0, 0, length, 0, length),)),
         config=impl.flashprefill_config,
         softmax_scale=impl.scale,
-        out=torch.empty_like(q),
+        q_scale=one if has_quantised_query(impl) else None,
+        out=out,
         block_counts=torch.zeros(2, dtype=torch.int64, device=device),
     )
     if device.type == "cuda":

@@ -10,7 +10,7 @@ import torch
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.cpu.block_select import block_select_cpu
 from vllm_flashprefill.cpu.sparse_attention import sparse_attention_cpu
-from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.key_values import KeyValues, dequantise_queries, is_e4m3
 from vllm_flashprefill.plan import SparseRequest
 
 
@@ -21,6 +21,7 @@ def run_stages(
     *,
     config: FlashPrefillConfig,
     softmax_scale: float,
+    q_scale: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
     workspace: Any = None,
@@ -36,7 +37,9 @@ def run_stages(
     for request in requests:
         rows = (request.batch, request.query_slice)
         queries, (k, v) = q[rows], kv.of_request(request)
-        if kv.fp8 or q.dtype.itemsize not in (2, 4):
+        if is_e4m3(q):
+            queries = dequantise_queries(queries, q_scale, kv.num_heads)
+        elif kv.fp8 or q.dtype.itemsize not in (2, 4):
             queries, k, v = queries.float(), k.float(), v.float()
         mask = block_select_cpu(queries, k, prompt_len=request.prompt_len, config=config, softmax_scale=softmax_scale)
         if block_counts is not None:

@@ -24,7 +24,7 @@ def _clamped(x):
     return tl.minimum(tl.maximum(x, -65504.0), 65504.0)
 
 
-@triton.jit(do_not_specialize=["num_mean_rows", "stride_table", "stride_k_scale"])
+@triton.jit(do_not_specialize=["k_scale_ptr", "num_mean_rows", "stride_table", "stride_k_scale"])
 def _block_mean_kernel(
     k_ptr,
     mean_ptr,

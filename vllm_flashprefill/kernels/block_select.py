@@ -21,6 +21,7 @@ import triton.language as tl
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
+from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
@@ -28,9 +29,12 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _load_query(ptrs, dtype: tl.constexpr):
-    q = tl.load(ptrs).to(tl.float32)
-    return tl.minimum(tl.maximum(q, -65504.0), 65504.0).to(dtype)
+def _load_query(ptrs, dtype: tl.constexpr, FP8_NATIVE: tl.constexpr):
+    q = tl.load(ptrs)
+    if q.dtype == tl.uint8:
+        return from_e4m3(q, FP8_NATIVE).to(dtype)
+    else:
+        return tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(dtype)
 
 
 @triton.jit
@@ -108,10 +112,11 @@ def _score_pieces(
 @triton.jit
 def _select_pair(
     work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, block_counts_ptr,
-    first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, num_mean_rows,
+    q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale,
+    num_mean_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_LIST: tl.constexpr, NUM_SINK_BLOCKS: tl.constexpr, NUM_WINDOW_BLOCKS: tl.constexpr, PIECES: tl.constexpr,
-    BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr, FP8_NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The kept blocks of one (query block, head) pair."""
     offs_dim = tl.arange(0, HEAD_SIZE)
@@ -142,7 +147,8 @@ def _select_pair(
         offs_rows = tl.load(request_ptr + columns.QUERY_START) + tl.minimum(rows, end_row - 1)
         # [HEAD_SIZE, BLOCK]
         q_ptrs = q_start_ptr + offs_rows.to(tl.int64)[:, None] * stride_qt + offs_dim[None, :]
-        q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty))
+        q = tl.trans(_load_query(q_ptrs, mean_ptr.dtype.element_ty, FP8_NATIVE))
+        scale *= load_scale(q_scale_ptr, head // GROUP, stride_q_scale)
         mean_row_ptr = mean_ptr + mean_row * HEAD_SIZE
         if PIECES:
             row_weights = mask_rows.to(tl.float32)
@@ -205,7 +211,12 @@ def _select_pair(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["next_ptr", "num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores"])
+@triton.jit(
+    do_not_specialize=[
+        "next_ptr", "q_scale_ptr", "num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores",
+        "stride_q_scale",
+    ]
+)  # fmt: skip
 def _block_select_kernel(
     q_ptr,
     mean_ptr,
@@ -217,6 +228,7 @@ def _block_select_kernel(
     scores_ptr,
     block_counts_ptr,
     next_ptr,
+    q_scale_ptr,
     num_work,
     first_item,
     num_visible: tl.int64,
@@ -226,6 +238,7 @@ def _block_select_kernel(
     stride_qb: tl.int64,
     stride_qt,
     stride_qh,
+    stride_q_scale,
     num_mean_rows,
     stride_scores: tl.int64,
     NUM_HEADS: tl.constexpr,
@@ -240,6 +253,7 @@ def _block_select_kernel(
     BLOCK_PIECES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PIECE_STAGES: tl.constexpr,
+    FP8_NATIVE: tl.constexpr,
 ):
     program = tl.program_id(0)
     scores_row_ptr = scores_ptr + program.to(tl.int64) * stride_scores
@@ -251,9 +265,9 @@ def _block_select_kernel(
         while work < num_work:
             _select_pair(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-                block_counts_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh,
-                num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS,
-                NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES,
+                block_counts_ptr, q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt,
+                stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST,
+                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, FP8_NATIVE,
             )  # fmt: skip
             # Every program asks once in vain; the last to ask leaves the counter as it found it.
             asked = tl.atomic_add(next_ptr, 1, sem="relaxed")
@@ -264,9 +278,9 @@ def _block_select_kernel(
         for work in range(program, num_work, tl.num_programs(0)):
             _select_pair(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-                block_counts_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh,
-                num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS,
-                NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES,
+                block_counts_ptr, q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt,
+                stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST,
+                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, FP8_NATIVE,
             )  # fmt: skip
 
 
@@ -279,6 +293,7 @@ def block_select(
     pieces: torch.Tensor | None = None,
     config: FlashPrefillConfig,
     softmax_scale: float,
+    q_scale: torch.Tensor | None = None,
     lists: torch.Tensor,
     counts: torch.Tensor,
     scores: torch.Tensor,
@@ -288,7 +303,8 @@ def block_select(
     """The kept blocks of each query block and head of a slab.
 
     Args:
-        q: [batch, tokens, H, D].
+        q: [batch, tokens, H, D]; e4m3 as uint8.
+        q_scale: as of `api.flash_prefill_paged`.
         mean: [G, mean rows, D], from `block_mean`.
         pieces: [G, mean rows, pieces of a block, D], likewise; the mean keys choose candidates alone, if given.
         lists: [>= slab.list_slots * H] int32, written: pair (n, h) of the slab's items owns slots
@@ -315,6 +331,7 @@ def block_select(
         scores,
         block_counts,
         schedule.next_pair,
+        q_scale,
         num_work,
         slab.first_item,
         slab.list_slots * num_heads,
@@ -322,6 +339,7 @@ def block_select(
         _log2(config.alpha),
         _log2(config.candidate_alpha),
         *q.stride()[:3],
+        scale_stride(q_scale),
         mean.shape[1],
         scores.stride(0),
         NUM_HEADS=num_heads,
@@ -336,6 +354,7 @@ def block_select(
         BLOCK_PIECES=launch.block_pieces,
         NUM_STAGES=launch.num_stages,
         PIECE_STAGES=launch.piece_stages,
+        FP8_NATIVE=has_e4m3_instruction(q.device),
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,
     )

@@ -1,4 +1,4 @@
-"""Keys and values of an e4m3 cache, read as codes (uint8) and taken in as float16, which holds each of them exactly."""
+"""Queries, keys and values in e4m3, read as codes (uint8) and taken in as float16, which holds each of them exactly."""
 
 from __future__ import annotations
 

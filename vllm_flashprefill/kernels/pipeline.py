@@ -13,7 +13,7 @@ from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.workspace import Workspace
-from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.key_values import KeyValues, codes
 
 
 def run_stages(
@@ -23,6 +23,7 @@ def run_stages(
     *,
     config: FlashPrefillConfig,
     softmax_scale: float,
+    q_scale: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
     workspace: Workspace | None = None,
@@ -32,11 +33,12 @@ def run_stages(
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        block_counts, workspace, mark: as of `api.flash_prefill_paged`.
+        q_scale, block_counts, workspace, mark: as of `api.flash_prefill_paged`.
 
     Returns:
         out.
     """
+    q = codes(q)
     workspace = workspace or Workspace(q.device)
     workspace.rewind()
     if mark is not None:
@@ -48,7 +50,7 @@ def run_stages(
     block_mean(kv, schedule, mean, pieces)
     scores = score_scratch(q, schedule, config.piece_size > 0, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
-    shared = dict(lists=lists, counts=counts, softmax_scale=softmax_scale)
+    shared = dict(lists=lists, counts=counts, softmax_scale=softmax_scale, q_scale=q_scale)
     select = functools.partial(block_select, pieces=pieces, config=config, scores=scores, block_counts=block_counts)
     for slab in schedule.slabs:
         select(q, mean, schedule, slab, **shared)

@@ -56,16 +56,16 @@ def _softmax_step(s, v, acc, row_max, row_sum, scale):
 
 @triton.jit(
     do_not_specialize=[
-        "first_item", "num_dense_items", "rows_per_batch", "rows_per_head", "stride_table", "stride_k_scale",
-        "stride_v_scale",
+        "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "first_item", "num_dense_items", "rows_per_batch",
+        "rows_per_head", "stride_table", "stride_q_scale", "stride_k_scale", "stride_v_scale",
     ]
 )  # fmt: skip
 def _sparse_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-    k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, rows_per_head, scale,
+    q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, rows_per_head, scale,
     stride_qb: tl.int64, stride_qt, stride_qh, stride_ob: tl.int64, stride_ot, stride_oh,
     stride_kp: tl.int64, stride_kt, stride_kg, stride_vp: tl.int64, stride_vt, stride_vg,
-    stride_table, stride_k_scale, stride_v_scale,
+    stride_table, stride_q_scale, stride_k_scale, stride_v_scale,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FP8_NATIVE: tl.constexpr,
     USE_TMA: tl.constexpr, KV_COLUMNS: tl.constexpr, BY_HEAD: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -110,11 +110,14 @@ def _sparse_attention_kernel(
     # [BLOCK, HEAD_SIZE]
     q_ptrs = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_ptrs = q_ptrs + offs_rows[:, None] * stride_qt + offs_dim[None, :]
-    q = tl.load(q_ptrs, mask=mask_rows[:, None], other=0.0)
+    q = tl.load(q_ptrs, mask=mask_rows[:, None], other=0)
     if FP8:
         # e4m3 becomes float16, so q does too.
-        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
-        scale *= load_scale(k_scale_ptr, kv_head, stride_k_scale)
+        if q.dtype == tl.uint8:
+            q = from_e4m3(q, FP8_NATIVE)
+        else:
+            q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        scale *= load_scale(q_scale_ptr, kv_head, stride_q_scale) * load_scale(k_scale_ptr, kv_head, stride_k_scale)
 
     row_max = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -182,14 +185,17 @@ def sparse_attention(
     lists: torch.Tensor,
     counts: torch.Tensor,
     softmax_scale: float,
+    q_scale: torch.Tensor | None = None,
     out: torch.Tensor,
     launch: AttentionConfig | None = None,
 ) -> None:
     """Attention of a slab's query blocks over the blocks in their lists.
 
     Args:
-        q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
+        q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone. q may be e4m3 codes
+            (uint8) where kv is e4m3 too.
         kv: with e4m3 the products are in float16, to whose range q is clamped.
+        q_scale: as of `api.flash_prefill_paged`.
         lists, counts: from `block_select`.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
@@ -198,14 +204,14 @@ def sparse_attention(
     for choice in choices[:-1]:
         if (misfit := _misfit(choice, q, kv)) is None:
             try:
-                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, out)
+                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, out)
                 return
             except Exception as error:
                 _broken.add(choice)
                 misfit = f"{type(error).__name__}: {error}"
         if misfit:
             _warn_slower("Hopper" if choice.gluon else "TMA", head_size, misfit)
-    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, out)
+    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, out)
 
 
 def _misfit(launch: AttentionConfig, q: torch.Tensor, kv: KeyValues) -> str | None:
@@ -235,6 +241,7 @@ def _launch(
     lists: torch.Tensor,
     counts: torch.Tensor,
     softmax_scale: float,
+    q_scale: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     k, v = kv.codes()
@@ -263,6 +270,7 @@ def _launch(
         TensorDescriptor(k, matrix.shape, matrix.strides, tile) if matrix else None,
         TensorDescriptor(v, matrix.shape, matrix.strides, tile) if matrix else None,
         *tables,
+        q_scale,
         kv.k_scale,
         kv.v_scale,
         slab.first_item,
@@ -275,6 +283,7 @@ def _launch(
         *k.stride()[:3],
         *v.stride()[:3],
         kv.table_stride,
+        scale_stride(q_scale),
         scale_stride(kv.k_scale),
         scale_stride(kv.v_scale),
         BLOCK_N=launch.block_n,

@@ -50,6 +50,8 @@ GEMMA = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding
     [
         {"backend": "FLASH_ATTN", "capability": (10, 0)},
         {"cache": {"cache_dtype": "bfloat16", "block_size": 48}},
+        {"cache": {"cache_dtype": "fp8"}},
+        {"cache": {"cache_dtype": "fp8_e4m3"}},
         {"cache": {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}},
         {"hf": GEMMA},
         {"hf": {**GEMMA, "layer_types": ["sliding_attention"] * LAYERS, "sliding_window": None}},
@@ -75,7 +77,17 @@ def test_where_something_can_be_pruned_there_is_no_warning(engine):
         ({"attn_type": "encoder_only", "capability": None}, "no causal attention"),
         ({"backend": "FLASHINFER"}, "FLASHINFER was asked for; ask for FLASH_ATTN"),
         ({"capability": (10, 0)}, "prefers FlashInfer on this GPU; ask for FLASH_ATTN"),
-        ({"cache": {"cache_dtype": "fp8"}}, "the KV cache is fp8; ask for --kv-cache-dtype bfloat16"),
+        (
+            {"cache": {"cache_dtype": "fp8_e5m2"}},
+            "cache is fp8_e5m2; ask for --kv-cache-dtype bfloat16, float16 or fp8",
+        ),
+        ({"cache": {"cache_dtype": "nvfp4"}}, "the KV cache is nvfp4; ask for"),
+        ({"cache": {"cache_dtype": "int8_per_token_head"}}, "the KV cache is int8_per_token_head; ask for"),
+        (
+            {"cache": {"cache_dtype": "fp8"}, "capability": (8, 9)},
+            "the KV cache is fp8, which is sparse on Hopper GPUs; ask for --kv-cache-dtype bfloat16",
+        ),
+        ({"cache": {"cache_dtype": "fp8_e4m3"}, "capability": None}, "the KV cache is fp8_e4m3, which is sparse on"),
         (
             {"cache": {"block_size": 24}},
             "pages of the KV cache are of 24 tokens; ask for a --block-size that 16 divides",

@@ -38,6 +38,12 @@ def impl(**attributes):
         ({"sinks": [0.0]}, DenseReason.SINKS),
         ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, DenseReason.KV_SHARING),
         ({"kv_cache_dtype": "fp8"}, DenseReason.QUANTIZED_KV_CACHE),
+        ({"kv_cache_dtype": "fp8", "takes_e4m3": True}, None),
+        ({"kv_cache_dtype": "fp8_e4m3", "takes_e4m3": True}, None),
+        *(
+            ({"kv_cache_dtype": dtype, "takes_e4m3": True}, DenseReason.QUANTIZED_KV_CACHE)
+            for dtype in ("fp8_e5m2", "fp8_inc", "fp8_per_token_head", "int8_per_token_head", "nvfp4")
+        ),
         ({"dcp_world_size": 2}, DenseReason.CONTEXT_PARALLEL),
         ({"pcp_world_size": 2}, DenseReason.CONTEXT_PARALLEL),
         ({"batch_invariant_enabled": True}, DenseReason.BATCH_INVARIANT),

@@ -75,6 +75,18 @@ def test_all_stages_interpreted(group):
 
 
 @needs_triton
+@pytest.mark.parametrize("piece_size", [0, 8])
+@pytest.mark.parametrize("scales", ["none", "head"])
+def test_queries_in_e4m3_interpreted(scales, piece_size):
+    run_interpreted(
+        IMPORTS + f"config = sparse_config(alpha=0.3, piece_size={piece_size})\n"
+        f"batch = make_batch(config=config, page_size=16, requests=[Request(300, 340, 128), Request(129)],\n"
+        f"                   kv_dtype=torch.uint8, kv_scales={scales!r}, q_e4m3=True)\n"
+        "check_all(batch, config, 0.125)"
+    )
+
+
+@needs_triton
 def test_pieces_of_other_sizes_interpreted():
     cases = "\n".join(
         f"config = sparse_config(piece_size={piece_size}, candidate_alpha={candidate_alpha})\n"

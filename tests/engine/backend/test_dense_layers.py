@@ -81,6 +81,24 @@ def test_layers_the_kernels_do_not_take_are_dense(calls):
     assert Classes(EXACT, sliding_window=64).dense_reason(cache) is DenseReason.SLIDING_WINDOW
 
 
+@pytest.mark.parametrize("name", ["_q_scale", "_k_scale", "_v_scale"])
+def test_an_e4m3_cache_with_other_scales_is_dense(calls, monkeypatch, caplog, name):
+    monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_fp8", lambda: True, raising=False)
+    supports = "vllm.v1.attention.backends.flash_attn.flash_attn_supports_kv_cache_dtype"
+    monkeypatch.setattr(supports, lambda *_, **__: True, raising=False)
+    cache = new_cache(4, 16)[0].to(torch.uint8)
+    classes = Classes(EXACT, kv_cache_dtype="fp8")
+    assert classes.dense_reason(cache) is None
+    assert classes.dense_reason(cache.bfloat16()) is DenseReason.DTYPE
+    for scale in (torch.ones(KV_HEADS), torch.ones(1, 1)):
+        setattr(classes.layer, name, scale)
+        assert classes.dense_reason(cache) is None
+    for scale in (torch.ones(KV_HEADS, 16), torch.ones(KV_HEADS + 1), torch.ones((), dtype=torch.bfloat16)):
+        setattr(classes.layer, name, scale)
+        assert classes.dense_reason(cache) is DenseReason.QUANTIZED_KV_CACHE
+        assert f"layers with a {name[1:]} of shape {tuple(scale.shape)} in {scale.dtype} stay dense" in caplog.text
+
+
 def test_a_dense_layer_takes_a_mixed_step_whole(calls):
     classes = Classes(dataclasses.replace(EXACT, num_dense_layers=2))
     step = Step([Request(1, 400), Request(600)], 16, 5)

@@ -10,6 +10,7 @@ from tests.support.flash_attn_step import DTYPE, EXACT, SPARSE, Classes
 from tests.support.vllm_side import LAYER, counted
 from vllm_flashprefill import counters
 from vllm_flashprefill.backend import attention_impl, self_check
+from vllm_flashprefill.backend.layer_routing import has_e4m3_cache, has_quantised_query
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason
 
@@ -30,7 +31,8 @@ def check(monkeypatch):
         monkeypatch.setitem(layers, LAYER, classes.layer)
         with set_current_vllm_config(classes.vllm_config):
             self_check.check_layers(classes.builder)
-            cache = classes.builder.new_cache(4, 16, 2, 64, DTYPE, torch.device("cpu"))
+            dtype = torch.uint8 if has_e4m3_cache(classes.impl) else DTYPE
+            cache = classes.builder.new_cache(4, 16, 2, 64, dtype, torch.device("cpu"))
         return classes, classes.dense_reason(cache)
 
     return check
@@ -52,6 +54,42 @@ def test_this_vllm_is_as_expected(calls, check, config, caplog):
     assert count.stats == counters.Stats(), "it is no request's"
     assert classes.impl.flashprefill_config == classes.builder.flashprefill_config == config
     assert classes.impl._counts is None
+
+
+@pytest.mark.parametrize("scale", [0.004, 1.0])
+def test_an_e4m3_cache_is_as_expected(calls, check, monkeypatch, caplog, scale):
+    e4m3(monkeypatch, scale)
+    _, reason = check(kv_cache_dtype="fp8")
+    assert reason is None and said_by_us(caplog) == [] and len(calls) > 0
+
+
+def test_a_scale_that_is_left_out_is_seen(calls, check, monkeypatch):
+    e4m3(monkeypatch, 0.5)
+    paged = attention_impl.flash_prefill_paged
+
+    def without(q, kv, *args, **named):
+        return paged(q, dataclasses.replace(kv, v_scale=None), *args, **named)
+
+    monkeypatch.setattr(attention_impl, "flash_prefill_paged", without)
+    _, reason = check(kv_cache_dtype="fp8")
+    assert reason is DenseReason.SELF_CHECK
+
+
+def e4m3(monkeypatch, scale):
+    """vLLM's layers have an e4m3 cache of this scale, and hand on what they do of the query."""
+    flash_attn = "vllm.v1.attention.backends.flash_attn"
+    monkeypatch.setattr(f"{flash_attn}.flash_attn_supports_fp8", lambda: True, raising=False)
+    monkeypatch.setattr(f"{flash_attn}.flash_attn_supports_kv_cache_dtype", lambda *_, **__: True, raising=False)
+    made = Classes.__init__
+
+    def with_scales(self, *args, **changes):
+        made(self, *args, **changes)
+        self.layer._k_scale = self.layer._v_scale = torch.tensor(scale)
+        self.layer.query_quant = None
+        if has_quantised_query(self.impl):
+            self.layer.query_quant = lambda q, scale: ((q.float() / scale).to(torch.float8_e4m3fn), scale)
+
+    monkeypatch.setattr(Classes, "__init__", with_scales)
 
 
 @pytest.mark.parametrize("version, compared", [("0.24.0", True), ("0.24.0+cu129", True), ("0.24.1", False)])

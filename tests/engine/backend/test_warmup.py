@@ -9,6 +9,7 @@ from tests.support.flash_attn_step import DTYPE, EXACT, HEAD_SIZE, HEADS, KV_HEA
 from tests.support.request import Request
 from tests.support.vllm_side import LAYER, MAX_TOKENS, counted
 from vllm_flashprefill.backend import warmup
+from vllm_flashprefill.backend.layer_routing import has_quantised_query
 
 
 def test_scratch_is_reserved_with_the_layer(calls, monkeypatch):
@@ -38,19 +39,31 @@ def test_kernels_are_compiled_once_for_each_kind_of_layer(calls, monkeypatch):
     paged = warmup.flash_prefill_paged
 
     def record(q, kv, *args, **kwargs):
-        ran.append((*q.shape[1:], *kv.k.shape[1:]))
+        scales = kwargs["q_scale"], kv.k_scale, kv.v_scale
+        ran.append((*q.shape[1:], *kv.k.shape[1:], q.dtype, kv.k.dtype, *(scale is not None for scale in scales)))
         return paged(q, kv, *args, **kwargs)
 
     monkeypatch.setattr(warmup, "flash_prefill_paged", record)
+    monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_fp8", lambda: True, raising=False)
+    name = "flash_attn_supports_kv_cache_dtype"
+    monkeypatch.setattr(f"vllm.v1.attention.backends.flash_attn.{name}", lambda *_, **__: True, raising=False)
     classes = Classes(EXACT, 32)
     impls = [classes.impl, Classes(EXACT).impl, Classes(EXACT, sliding_window=64).impl]
+    quantised = Classes(EXACT, 32, kv_cache_dtype="fp8").impl
     # Builders are made where vLLM's config is the current one, which its cache's layout is taken from.
     with set_current_vllm_config(classes.vllm_config):
         for page_size in (32, 32, 128):
             warmup.compile_kernels(
                 impls, classes.builder.new_cache, page_size=page_size, dtype=DTYPE, device=torch.device("cpu")
             )
-    assert ran == [(HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE) for page_size in (32, 128)]
+        warmup.compile_kernels(
+            [quantised], classes.builder.new_cache, page_size=32, dtype=DTYPE, device=torch.device("cpu")
+        )
+    plain = DTYPE, DTYPE, False, False, False
+    e4m3 = (torch.float8_e4m3fn, torch.uint8, True) if has_quantised_query(quantised) else (DTYPE, torch.uint8, False)
+    kinds = [(32, plain), (128, plain), (32, (*e4m3, True, True))]
+    assert ran == [(HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE, *kind) for page_size, kind in kinds]
+    assert not quantised.kernels_failed
 
 
 def test_a_layer_without_an_index_ends_the_start_of_an_engine(monkeypatch):

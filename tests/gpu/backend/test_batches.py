@@ -55,8 +55,8 @@ def test_batches_with_an_e4m3_cache(shape, seeds):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("vLLM's FlashAttention takes an fp8 cache on Hopper only")
     kept, visible = run_batches(shape, DEVICE, seeds)
-    assert kept == visible
-    assert len(seeds) < 20 or visible > 0
+    assert kept <= visible
+    assert len(seeds) < 20 or 0 < kept < visible
 
 
 def batch_of(*requests, full_graphs=False, alpha=0.3):

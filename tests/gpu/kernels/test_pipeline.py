@@ -49,14 +49,15 @@ def test_keys_and_values_of_a_head_beside_each_other(kv_dtype, heads_first, page
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("q_e4m3", [False, True])
 @pytest.mark.parametrize(
     "kv_dtype, kv_scales", [(torch.uint8, "head"), (torch.uint8, "one"), (torch.float8_e4m3fn, "none")]
 )
-def test_e4m3_cache(kv_dtype, kv_scales, page_size, dim, dtype):
+def test_e4m3_cache(kv_dtype, kv_scales, q_e4m3, page_size, dim, dtype):
     config = sparse_config()
     requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640)]
     batch = make_batch(
-        requests, page_size=page_size, dim=dim, dtype=dtype, kv_dtype=kv_dtype, kv_scales=kv_scales,
+        requests, page_size=page_size, dim=dim, dtype=dtype, kv_dtype=kv_dtype, kv_scales=kv_scales, q_e4m3=q_e4m3,
         device="cuda", config=config,
     )  # fmt: skip
     check_all(batch, config, SCALE)
