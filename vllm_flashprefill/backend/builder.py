@@ -74,7 +74,7 @@ class FlashPrefillBuilderMixin:
 
     def prepare_layers(self) -> None:
         """What is done for this builder's layers before any request."""
-        check_layers(self)
+        check_layers(self, self.own_layers())
 
     def own_layers(self) -> Iterator[Any]:
         """vLLM's layers that this builds metadata for, as far as they are ours; all in 0.10.0, which does not say."""

@@ -10,7 +10,7 @@ import torch
 
 from vllm_flashprefill.backend.builder import NO_STEP, FlashPrefillBuilderMixin
 from vllm_flashprefill.backend.layer_routing import has_e4m3_cache
-from vllm_flashprefill.backend.self_check import compared_on_gpu
+from vllm_flashprefill.backend.self_check import check_layers, compared_on_gpu
 from vllm_flashprefill.backend.warmup import compile_kernels
 from vllm_flashprefill.plan import StepPlan
 
@@ -36,8 +36,10 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
                 dtype=self.vllm_config.model_config.dtype,
                 device=torch.device(self.device),
             )
-            if not compared_on_gpu():
-                super().prepare_layers()
+            check_layers(
+                self,
+                (layer for layer in self.own_layers() if has_e4m3_cache(layer.impl) or not compared_on_gpu()),
+            )
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vllm_flashprefill.key_values import dequantise
 logger = logging.getLogger("vllm.flashprefill")
 
 # Releases whose GPU engines were compared with vLLM's own backend, request by request (tests/gpu), before this check
-# was there; it has not run in them.
+# was there; it has not run in them. Caches were in 16 bits.
 COMPARED_ON_GPU = ("0.10.0", "0.12.0", "0.24.0")
 
 # What was checked in this process, and what is wrong with it, or None.
@@ -43,11 +43,12 @@ class Failed(Exception):
     """What is not as expected, in words."""
 
 
-def check_layers(builder: Any) -> None:
+def check_layers(builder: Any, layers: Iterable[Any]) -> None:
     """Check each kind of layer that a builder serves, once in a process; those that fail are dense, and it is said.
 
     Args:
         builder: one of ours, whose vLLM class is ready.
+        layers: those of its `own_layers` that are to be checked.
 
     Raises:
         RuntimeError: one failed and ``FLASHPREFILL_STRICT=1``.
@@ -55,12 +56,13 @@ def check_layers(builder: Any) -> None:
     if not type(builder).__module__.startswith(__package__.partition(".")[0]):
         # One that vLLM has made around ours, for layers whose batches are others.
         return
-    for layer in builder.own_layers():
+    for layer in layers:
         impl = layer.impl
         if impl.never_sparse():
             continue
         config, page_size = builder.flashprefill_config, _page_size(builder)
-        kind = (type(impl), impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, _dtype(builder), config)
+        dtypes = _dtype(builder), has_e4m3_cache(impl)
+        kind = (type(impl), impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtypes, config)
         if kind not in _results:
             _results[kind] = _failure(builder, layer)
             if _results[kind] is not None:

@@ -1,5 +1,6 @@
 """The GPU tests' checks at small shapes, the kernels run by Triton's interpreter, in processes of their own."""
 
+import concurrent.futures
 import importlib.util
 import os
 import subprocess
@@ -61,9 +62,7 @@ def run_interpreted(code):
     assert run.returncode == 0, f"{run.stdout[-1000:]}{run.stderr[-3000:]}"
 
 
-@needs_triton
-@pytest.mark.parametrize("group", GROUPS)
-def test_all_stages_interpreted(group):
+def check_group(group):
     options = ", piece_size=8, candidate_alpha=0.05" if group == "pieces" else ""
     cases = "\n".join(
         f"print({name!r}, flush=True)\n"
@@ -72,6 +71,19 @@ def test_all_stages_interpreted(group):
         for name, (alpha, batch) in GROUPS[group].items()
     )
     run_interpreted(IMPORTS + cases)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """What checks each group; the interpreter takes one core, so that they run beside each other."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {group: pool.submit(check_group, group) for group in GROUPS}
+
+
+@needs_triton
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_stages_interpreted(groups, group):
+    groups[group].result()
 
 
 @needs_triton

@@ -30,7 +30,7 @@ def check(monkeypatch):
         layers = classes.vllm_config.compilation_config.static_forward_context
         monkeypatch.setitem(layers, LAYER, classes.layer)
         with set_current_vllm_config(classes.vllm_config):
-            self_check.check_layers(classes.builder)
+            self_check.check_layers(classes.builder, classes.builder.own_layers())
             dtype = torch.uint8 if has_e4m3_cache(classes.impl) else DTYPE
             cache = classes.builder.new_cache(4, 16, 2, 64, dtype, torch.device("cpu"))
         return classes, classes.dense_reason(cache)
