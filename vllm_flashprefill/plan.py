@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
-from vllm_flashprefill.routing import DenseReason, request_dense_reason
+from vllm_flashprefill.routing import DenseReason, is_decode, request_dense_reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,32 +107,29 @@ def plan_step(
     Raises:
         ValueError: arrays that do not describe a batch.
     """
-    query_start_loc = np.asarray(query_start_loc)
-    seq_lens = np.asarray(seq_lens)
-    query_lens = np.diff(query_start_loc)
+    query_start_loc, seq_lens = np.asarray(query_start_loc), np.asarray(seq_lens)
+    query_lens = query_start_loc[1:] - query_start_loc[:-1]
     if query_lens.shape != seq_lens.shape:
         raise ValueError(f"query_start_loc has {len(query_lens)} requests, seq_lens has {len(seq_lens)}")
-    if (query_lens < 0).any() or (query_lens > seq_lens).any():
+    context_lens = seq_lens - query_lens
+    if (query_lens < 0).any() or (context_lens < 0).any():
         raise ValueError("query_start_loc must not decrease, nor a request have more queries than tokens")
-    unknown = [None] * len(seq_lens)
-    known_lens = unknown if prompt_lens is None else np.asarray(prompt_lens).tolist()
-    prefilling = unknown if is_prefilling is None else np.asarray(is_prefilling).tolist()
 
+    is_dense = query_lens > 0
+    decodes = is_decode(query_lens, context_lens, prompt_lens, config, is_prefilling) & is_dense
     sparse: list[SparseRequest] = []
-    dense: list[int] = []
     dense_tokens: Counter[DenseReason] = Counter()
-    batch = zip(
-        query_start_loc[:-1].tolist(), query_lens.tolist(), seq_lens.tolist(), known_lens, prefilling, strict=True
-    )
-    for index, (query_start, query_len, seq_len, known_len, prefills) in enumerate(batch):
-        if query_len == 0:
-            continue
-        context_len = seq_len - query_len
+    if decoding := int(query_lens[decodes].sum()):
+        dense_tokens[DenseReason.DECODE] = decoding
+    for index in (is_dense & ~decodes).nonzero()[0].tolist():
+        query_len, context_len = int(query_lens[index]), int(context_lens[index])
+        known_len = None if prompt_lens is None else int(prompt_lens[index])
+        prefills = None if is_prefilling is None else bool(is_prefilling[index])
         reason = request_dense_reason(query_len, context_len, known_len, config, prefills)
         if reason is None:
-            prompt_len = max(known_len or 0, seq_len)
-            sparse.append(SparseRequest(index, query_start, query_len, context_len, prompt_len))
+            prompt_len = max(known_len or 0, context_len + query_len)
+            sparse.append(SparseRequest(index, int(query_start_loc[index]), query_len, context_len, prompt_len))
+            is_dense[index] = False
         else:
-            dense.append(index)
             dense_tokens[reason] += query_len
-    return StepPlan(tuple(sparse), np.array(dense, dtype=np.int64), dict(dense_tokens))
+    return StepPlan(tuple(sparse), is_dense.nonzero()[0], dict(dense_tokens))

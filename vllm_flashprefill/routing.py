@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+import numpy as np
+
 from vllm_flashprefill.config import FlashPrefillConfig
 
 
@@ -58,9 +60,6 @@ def request_dense_reason(
     which every block would be kept anyway (the first blocks, or the dense tail alone) is dense: the result is
     the same and dense attention is faster.
 
-    A decode with drafted tokens looks like the end of a prompt, but its context may be shorter than the host knows.
-    Where neither the prompt's length nor vLLM tells them apart, up to a block of tokens after others is a decode.
-
     Args:
         query_len: tokens of the request in this step.
         context_len: tokens of it in the KV cache before.
@@ -69,15 +68,9 @@ def request_dense_reason(
             with this step.
         is_prefilling: what vLLM says of it, None where it does not.
     """
-    if is_prefilling is False:
+    if is_decode(query_len, context_len, prompt_len, config, is_prefilling):
         return DenseReason.DECODE
-    if prompt_len is None:
-        if is_prefilling is None and context_len > 0 and query_len <= config.block_size:
-            return DenseReason.DECODE
-        prompt_len = context_len + query_len
-    if context_len > 0 and context_len + 1 >= prompt_len:
-        return DenseReason.DECODE
-    prompt_len = max(prompt_len, context_len + query_len)
+    prompt_len = max(prompt_len or 0, context_len + query_len)
     if prompt_len < config.min_sparse_tokens:
         return DenseReason.SHORT_PROMPT
     last_query_block = (context_len + query_len - 1) // config.block_size
@@ -87,3 +80,22 @@ def request_dense_reason(
     if context_len // config.block_size >= first_tail_block:
         return DenseReason.NOTHING_TO_PRUNE
     return None
+
+
+def is_decode(
+    query_len: int | np.ndarray,
+    context_len: int | np.ndarray,
+    prompt_len: int | np.ndarray | None,
+    config: FlashPrefillConfig,
+    is_prefilling: bool | np.ndarray | None = None,
+) -> bool | np.ndarray:
+    """Whether a request generates, or which of many do; arguments as of `request_dense_reason`, or arrays of them.
+
+    A decode with drafted tokens looks like the end of a prompt, but its context may be shorter than the host knows.
+    Where neither the prompt's length nor vLLM tells them apart, up to a block of tokens after others is a decode.
+    """
+    if prompt_len is not None:
+        decodes = (context_len > 0) & (context_len + 1 >= prompt_len)
+    else:
+        decodes = (context_len > 0) & (query_len <= (config.block_size if is_prefilling is None else 1))
+    return decodes if is_prefilling is None else decodes | np.logical_not(is_prefilling)

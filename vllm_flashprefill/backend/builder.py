@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from vllm_flashprefill.backend.batch import (
@@ -69,8 +68,10 @@ class FlashPrefillBuilderMixin:
         check_layer_names(self.vllm_config.compilation_config.static_forward_context, self.flashprefill_config)
         self.prepare_layers()
         layers = list(self.own_layers())
-        # A draft model's, or those of a vLLM that is not as expected: what a plan reads may not be there either.
-        self._plans = not layers or not all(layer.impl.is_draft or layer.impl.self_check_failed for layer in layers)
+        # For a draft model's, or those of a vLLM that is not as expected, what a plan reads may not be there either.
+        self._plans = not layers or not all(
+            layer.impl.never_sparse() or layer.impl.self_check_failed for layer in layers
+        )
 
     def prepare_layers(self) -> None:
         """What is done for this builder's layers before any request."""
@@ -146,7 +147,7 @@ class FlashPrefillBuilderMixin:
                 query_start_loc,
                 seq_lens,
                 self.flashprefill_config,
-                prompt_lengths(seq_lens - np.diff(query_start_loc), first_request(common)),
+                prompt_lengths(seq_lens - (query_start_loc[1:] - query_start_loc[:-1]), first_request(common)),
                 host_is_prefilling(common),
             )
         except ValueError:

@@ -34,7 +34,10 @@ class Source:
 def _input_batch_lengths(runner: Any, _: Any, scheduler_output: Any) -> Lengths:
     batch = runner.input_batch
     rows = slice(batch.num_reqs)
-    scheduled = np.array([scheduler_output.num_scheduled_tokens[request] for request in batch.req_ids[rows]])
+    if scheduler_output.total_num_scheduled_tokens == batch.num_reqs:
+        scheduled = np.ones(batch.num_reqs, dtype=np.int64)
+    else:
+        scheduled = np.array([scheduler_output.num_scheduled_tokens[request] for request in batch.req_ids[rows]])
     # For hybrid models vLLM 0.24.0 takes back refused drafts here after it has worked out the step's lengths.
     return batch.num_computed_tokens_cpu[rows].copy(), scheduled, batch.num_tokens_no_spec[rows].copy()
 

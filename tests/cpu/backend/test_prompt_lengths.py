@@ -10,7 +10,10 @@ class Runner:
     """What of vLLM's model runner is used."""
 
     def __init__(self, computed, scheduled, known):
-        self.scheduled = SimpleNamespace(num_scheduled_tokens={f"request {n}": s for n, s in enumerate(scheduled)})
+        self.scheduled = SimpleNamespace(
+            num_scheduled_tokens={f"request {n}": s for n, s in enumerate(scheduled)},
+            total_num_scheduled_tokens=sum(scheduled),
+        )
         self.input_batch = SimpleNamespace(
             num_reqs=len(computed),
             req_ids=[*self.scheduled.num_scheduled_tokens, None],
@@ -62,6 +65,15 @@ def test_the_lengths_are_those_of_the_batch_being_built(watched):
     assert prompt_lengths(np.array([0, 512])) is None, "no step has run yet"
     step(runner)
     assert prompt_lengths(np.array([0, 512])).tolist() == [4000, 900]
+
+
+def test_a_step_of_decodes_has_a_token_of_each(watched):
+    runner, step = watched
+    computed, first = [3999, 899], isinstance(runner, Runner)
+    runner = type(runner)(computed, [1, 1], [4000, 900])
+    step(runner)
+    assert prompt_lengths(np.array(computed)).tolist() == [4000, 900]
+    assert not first or prompt_lengths(np.array([4000]), 0) is None
 
 
 def test_another_batch_has_none(watched):

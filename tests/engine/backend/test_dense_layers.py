@@ -81,6 +81,15 @@ def test_layers_the_kernels_do_not_take_are_dense(calls):
     assert Classes(EXACT, sliding_window=64).dense_reason(cache) is DenseReason.SLIDING_WINDOW
 
 
+def test_nothing_is_planned_for_a_group_of_dense_layers(calls, monkeypatch):
+    monkeypatch.setattr("vllm_flashprefill.backend.builder.plan_step", None)
+    classes = Classes(SPARSE, sliding_window=64)
+    step = Step([Request(1, 400), Request(600)], 16, 5)
+    with counted() as count:
+        classes.run(step)
+    assert count.stats == counters.Stats(dense_tokens={"sliding_window": 601})
+
+
 @pytest.mark.parametrize("name", ["_q_scale", "_k_scale", "_v_scale"])
 def test_an_e4m3_cache_with_other_scales_is_dense(calls, monkeypatch, caplog, name):
     monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_fp8", lambda: True, raising=False)
