@@ -44,6 +44,7 @@ POINTERS = {
     "piece_ptr": "*fp16",
     "scores_ptr": "*fp32",
     "block_counts_ptr": "*i64",
+    "sinks_ptr": "*T",
     "q_scale_ptr": "*fp32",
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
@@ -78,7 +79,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     common = dict(
         HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=generation != "ampere",
         NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
-        PIECES=0, PAGE_SIZE=0,
+        PIECES=0, PAGE_SIZE=0, HAS_SINKS=False,
     )  # fmt: skip
 
     def case(kernel, name, launch, absent=(), **values):
@@ -134,13 +135,18 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 elif config.tma and page_size % config.block_n:
                     continue
                 descriptors = () if config.tma else ("k_desc", "v_desc")
-                for what, scale in queries.items():
+                sinks = ["sinks_ptr"] * (not config.gluon)
+                kinds = {what: [*scale, *sinks] for what, scale in queries.items()}
+                if page_size and not is_fp8:
+                    kinds[", sinks"] = ["q_scale_ptr"]
+                for what, missing in kinds.items():
                     yield case(
                         kernel,
                         f"sparse_attention{suffix} {name}{what}",
                         launch_values(config),
-                        (*absent, *descriptors, *scale),
+                        (*absent, *descriptors, *missing),
                         **paged,
+                        HAS_SINKS=what == ", sinks",
                     )
 
 

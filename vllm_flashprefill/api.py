@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from vllm_flashprefill.checks import check_block_counts, check_paged, check_tensors, checked_bounds, checked_scale
+from vllm_flashprefill.checks import (
+    check_block_counts,
+    check_paged,
+    check_sinks,
+    check_tensors,
+    checked_bounds,
+    checked_scale,
+)
 from vllm_flashprefill.config import MAX_INTEGER, FlashPrefillConfig
 from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.key_values import KeyValues
@@ -112,6 +119,7 @@ def flash_prefill_paged(
     config: FlashPrefillConfig,
     softmax_scale: float,
     q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
     workspace: Workspace | None = None,
@@ -127,6 +135,8 @@ def flash_prefill_paged(
         plan: which requests are sparse; what the GPU needs of it is uploaded by its first use.
         q_scale: positive float32 of one element or [G], what e4m3 queries are multiplied by, those of a KV head's
             group alike; 1 if None.
+        sinks: [H] of 16 or 32 bits, a logit of each head that takes part in the softmax and has no value (attention
+            sinks); selection does without it.
         out: [tokens of the step, H, D], in 16 bits where q is e4m3; rows of other requests are left alone.
         block_counts: as of `flash_prefill`.
         workspace: where the GPU's scratch comes from; allocated for this call if None.
@@ -139,10 +149,11 @@ def flash_prefill_paged(
         ValueError: an argument the kernels cannot take; the message names it.
     """
     check_paged(q, kv, plan, out, q_scale)
+    check_sinks(sinks, q)
     check_block_counts(block_counts, q)
     checked_scale(softmax_scale, q)
     if plan.sparse:
-        options = dict(q_scale=q_scale, block_counts=block_counts, workspace=workspace, mark=mark)
+        options = dict(q_scale=q_scale, sinks=sinks, block_counts=block_counts, workspace=workspace, mark=mark)
         _run_stages(q[None], kv, plan, config, softmax_scale=softmax_scale, out=out[None], **options)
     return out
 

@@ -90,6 +90,20 @@ def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
         )
 
 
+def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor) -> None:
+    if sinks is not None and (
+        sinks.shape != q.shape[-2:-1]
+        or not sinks.is_floating_point()
+        or sinks.dtype.itemsize not in (2, 4)
+        or sinks.device != q.device
+        or not sinks.is_contiguous()
+    ):
+        raise ValueError(
+            f"sinks: must be {q.shape[-2]} contiguous numbers of 16 or 32 bits on {q.device}, not "
+            f"{tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
+        )
+
+
 def check_block_counts(block_counts: torch.Tensor | None, q: torch.Tensor) -> None:
     if block_counts is not None and (
         block_counts.shape != (2,) or block_counts.dtype != torch.int64 or block_counts.device != q.device

@@ -140,12 +140,14 @@ def sparse_attention_ref(
     context_len: int,
     block_size: int,
     softmax_scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Stage 4, attend: exact softmax attention over the kept blocks, causal inside the query's own.
 
     Args:
         q: [T, H, D]. k, v: [S, G, D].
         mask: [H, NQ, NK] bool, from `block_select_ref`.
+        sinks: [H], a logit of each head that takes part in the softmax and has no value.
 
     Returns:
         [T, H, D] in q's dtype; logits, softmax and the sum over values are in float32.
@@ -161,7 +163,10 @@ def sparse_attention_ref(
         kept = mask[:, index].repeat_interleave(block_size, dim=-1)[:, None, :end]
         positions = torch.arange(start, end, device=q.device)
         causal = torch.arange(end, device=q.device) <= positions[:, None]
-        probabilities = logits.masked_fill(~(kept & causal), -torch.inf).softmax(dim=-1)
+        logits = logits.masked_fill(~(kept & causal), -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float().view(-1, 1, 1).expand(-1, logits.shape[1], 1)], dim=-1)
+        probabilities = logits.softmax(dim=-1)[..., :end]
         out[start - context_len : end - context_len] = (probabilities @ values[:, :end]).transpose(0, 1).to(q.dtype)
     return out
 
@@ -214,6 +219,7 @@ def flash_prefill_ref(
     config: FlashPrefillConfig,
     softmax_scale: float,
     prompt_len: int | None = None,
+    sinks: torch.Tensor | None = None,
     block_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All four stages for one sequence whose last T tokens are this chunk.
@@ -221,6 +227,7 @@ def flash_prefill_ref(
     Args:
         q: [T, H, D]. k, v: [S, G, D], S >= T.
         prompt_len: tokens of the whole prompt; S if the chunk ends it.
+        sinks: as of `sparse_attention_ref`.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
 
     Returns:
@@ -240,7 +247,7 @@ def flash_prefill_ref(
         visible = len(mask) * sum(range(first + 1, first + num_query_blocks + 1))
         block_counts += block_counts.new_tensor([int(mask.sum()), visible])
     return sparse_attention_ref(
-        q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=softmax_scale
+        q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=softmax_scale, sinks=sinks
     )
 
 
@@ -252,6 +259,7 @@ def flash_prefill_paged_ref(
     config: FlashPrefillConfig,
     softmax_scale: float,
     q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -261,7 +269,7 @@ def flash_prefill_paged_ref(
         q: [tokens of the step, H, D]; float8_e4m3fn, too.
         kv: the cache in pages, of any size and strides.
         plan: which requests are sparse.
-        q_scale: as of `api.flash_prefill_paged`.
+        q_scale, sinks: as of `api.flash_prefill_paged`.
         out: [tokens of the step, H, D]; rows of other requests are left alone.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
 
@@ -277,6 +285,7 @@ def flash_prefill_paged_ref(
             config=config,
             softmax_scale=softmax_scale,
             prompt_len=request.prompt_len,
+            sinks=sinks,
             block_counts=block_counts,
         )
     return out

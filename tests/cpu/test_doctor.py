@@ -196,7 +196,6 @@ def test_layers_by_reason(capsys, engine, monkeypatch):
         ({"max_model_len": 4096}, "layers 0-3: dense, as all of this engine", "raise --max-model-len"),
         ({"use_mla": True}, "layers 0-3: dense, as all of this engine", "MLA"),
         ({"hf": {"attn_logit_softcapping": 50.0}}, "layers 0-3: dense, logits_soft_cap", "caps its logits"),
-        ({"hf": {"model_type": "gpt_oss"}}, "layers 0-3: dense, attention_sinks", "attention sinks"),
         ({"hf": {"model_type": "bloom"}}, "layers 0-3: dense, alibi", "ALiBi"),
         ({"cache": {"sliding_window": 512}}, "layers 0-3: dense, sliding_window", "a sliding window of 512 tokens"),
         ({"hf": {"num_hidden_layers": None}, "use_mla": True}, "layers: the model's config does not say", "MLA"),

@@ -1,4 +1,4 @@
-"""Layers that are not eligible take vLLM's own path, with its own result, and are counted by reason."""
+"""Layers that are not eligible take vLLM's own path, with its own result, and are counted by reason; others do not."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import vllm_flashprefill
 from tests.support import MODEL
 from tests.support.engine_job import answer
 from tests.support.engines import assert_same, engine_arguments, free_engine, vllm_version
+from tests.support.model_kinds import rename_experts
 
 if vllm_version() == "0.10.0":
     pytest.skip(
@@ -40,6 +41,14 @@ def gemma3():
     return Gemma3TextConfig(**SHAPE, **HEADS, sliding_window=256, query_pre_attn_scalar=32, layer_types=layers)
 
 
+def gpt_oss():
+    from transformers import GptOssConfig
+
+    layers = ["sliding_attention", "full_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssConfig(**SHAPE, **HEADS, **experts, sliding_window=128, layer_types=layers)
+
+
 def bloom():
     from transformers import BloomConfig
 
@@ -62,20 +71,25 @@ def folder(tmp_path):
         torch.manual_seed(0)
         auto = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
         model = auto.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                # As much as a thousand tokens.
+                torch.nn.init.normal_(parameter, mean=7.0, std=2.0)
+            elif parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.08)
         model.save_pretrained(tmp_path)
+        if config.model_type == "gpt_oss":
+            rename_experts(tmp_path / "model.safetensors")
         return str(tmp_path)
 
     return write
 
 
-def run(folder, sparse, **changes):
+def run(folder, sparse, options=OPTIONS, **changes):
     from vllm import LLM
 
     if sparse:
-        vllm_flashprefill.register(**OPTIONS)
+        vllm_flashprefill.register(**options)
     # A pooling model asks for a tokenizer, whichever.
     tokenizer = {"tokenizer": str(MODEL)} if "runner" in changes else {"skip_tokenizer_init": True}
     llm = LLM(**engine_arguments(model=folder, max_model_len=2048, **tokenizer, **changes))
@@ -111,6 +125,17 @@ def test_a_model_with_both_kinds_of_layers_is_sparse_in_the_full_ones(folder):
     _, stats = run(path, sparse=True)
     assert stats.dense_tokens == {"sliding_window": 1203, "decode": 3}
     assert stats.sparse_tokens == 1200
+    assert stats.density < 0.9
+
+
+@pytest.mark.skipif(vllm_version() == "0.12.0", reason="this CPU engine does not run gpt-oss in float32")
+def test_layers_with_sinks_are_sparse(folder):
+    path = folder(gpt_oss())
+    expected, _ = run(path, sparse=False)
+    answers, stats = run(path, sparse=True, options={**OPTIONS, "alpha": 0.0})
+    assert_same(answers, expected)
+    assert stats.dense_tokens == {"sliding_window": 1203, "decode": 3} and stats.sparse_tokens == 1200
+    _, stats = run(path, sparse=True)
     assert stats.density < 0.9
 
 

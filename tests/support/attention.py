@@ -10,8 +10,8 @@ import torch
 from vllm_flashprefill.key_values import codes
 
 
-def exact_attention(q, k, v, scale, causal=True, most_logits=1 << 26):
-    """Attention of the last tokens in float32, [T, H, D]."""
+def exact_attention(q, k, v, scale, causal=True, most_logits=1 << 26, sinks=None):
+    """Attention of the last tokens in float32, [T, H, D]. sinks: [H], a logit of each head that has no value."""
     num_tokens, num_heads, head_size = q.shape
     seq_len, kv_heads = k.shape[:2]
     k, v = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
@@ -25,7 +25,10 @@ def exact_attention(q, k, v, scale, causal=True, most_logits=1 << 26):
         last = seq_len - num_tokens + start + torch.arange(rows, device=q.device)
         if causal:
             logits.masked_fill_(position > last[:, None], -math.inf)
-        out = torch.bmm(logits.softmax(dim=-1).view(kv_heads, group * rows, seq_len), v)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float().view(kv_heads, group, 1, 1).expand(-1, -1, rows, 1)], dim=-1)
+        p = logits.softmax(dim=-1)[..., :seq_len].contiguous()
+        out = torch.bmm(p.view(kv_heads, group * rows, seq_len), v)
         pieces.append(out.view(kv_heads, group, rows, head_size).permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat(pieces)
 
@@ -59,7 +62,9 @@ def flash_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softm
         if causal:
             hidden = torch.ones(end - start, seq_len, dtype=torch.bool).triu(seq_len - (end - start) + 1)
             logits.masked_fill_(hidden, -torch.inf)
-        p = logits.softmax(dim=-1).to(out.dtype)
+        if options.get("s_aux") is not None:
+            logits = torch.cat([logits, options["s_aux"].float().view(-1, 1, 1).expand(-1, end - start, 1)], dim=-1)
+        p = logits.softmax(dim=-1)[..., :seq_len].to(out.dtype)
         out[start:end] = torch.einsum("hts,shd->thd", p.float(), values)
 
 

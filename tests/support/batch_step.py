@@ -188,8 +188,9 @@ class Step:
 
     def exact(self):
         """Dense attention of the batch in float32, [tokens, H, D]."""
+        sinks = getattr(self.pair.ours.impl, "sinks", None)
         return torch.cat(
-            [exact_attention(q, self.k[slot], self.v[slot], self.pair.shape.scale)
+            [exact_attention(q, self.k[slot], self.v[slot], self.pair.shape.scale, sinks=sinks)
              for q, slot in zip(self.pieces(self.exact_query), self.slots, strict=True)]
         )  # fmt: skip
 

@@ -36,6 +36,7 @@ class Batch:
     schedule: Schedule
     dtype: torch.dtype  # of the output
     q_scale: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 def make_batch(
@@ -49,6 +50,7 @@ def make_batch(
     kv_dtype=None,
     kv_scales="none",
     q_e4m3=False,
+    sinks=False,
     heads_first=False,
     beside=False,
     fused_qkv=False,
@@ -114,7 +116,8 @@ def make_batch(
     schedule = schedule_requests(
         sparse, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
     )
-    return Batch(requests, q[None], KeyValues(k, v, block_table, **scales), parts, schedule, dtype, q_scale)
+    return Batch(requests, q[None], KeyValues(k, v, block_table, **scales), parts, schedule, dtype, q_scale,
+                 torch.linspace(-20, 20, heads, dtype=dtype, device=device) if sinks else None)  # fmt: skip
 
 
 def planned_batch(requests, config, **options):
@@ -213,7 +216,7 @@ def run_attention(batch, masks, scale):
         lists, counts = lists_of(masks, batch, slab)
         sparse_attention(
             batch.q, batch.kv, batch.schedule, slab, lists=lists, counts=counts, softmax_scale=scale,
-            q_scale=batch.q_scale, out=out,
+            q_scale=batch.q_scale, sinks=batch.sinks, out=out,
         )  # fmt: skip
     return split(out, batch)
 
@@ -260,18 +263,18 @@ def check_attention(batch, config, scale):
     for request, part, mask, out in zip(
         batch.requests, batch.parts, masks, run_attention(batch, masks, scale), strict=True
     ):
-        assert_close_attention(out, part, mask, request, scale)
+        assert_close_attention(out, part, mask, request, scale, batch.sinks)
 
 
-def assert_close_attention(out, part, mask, request, scale):
+def assert_close_attention(out, part, mask, request, scale, sinks=None):
     q, k, v = part
-    exact, plain = exact_and_plain(q, k, v, mask.to(q.device), request.context_len, scale)
+    exact, plain = exact_and_plain(q, k, v, mask.to(q.device), request.context_len, scale, sinks)
     error = ((out.double() - exact).norm() / exact.norm()).item()
     plain_error = ((plain.double() - exact).norm() / exact.norm()).item()
     assert error <= 2 * plain_error + 1e-6, f"error {error:.2e}, plain PyTorch's {plain_error:.2e}"
 
 
-def exact_and_plain(q, k, v, mask, context_len, scale):
+def exact_and_plain(q, k, v, mask, context_len, scale, sinks=None):
     """Attention over the kept blocks in float64, and in PyTorch with float32 logits and the probabilities in
     the inputs' precision, as fused kernels hold them. [T, H, D] each."""
     group = q.shape[1] // k.shape[1]
@@ -285,7 +288,10 @@ def exact_and_plain(q, k, v, mask, context_len, scale):
     for dtype in (torch.float64, q.dtype):
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         logits = (q.to(wide) @ k.to(wide).transpose(1, 2)) * scale
-        p = logits.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.to(wide).view(-1, 1, 1).expand(-1, q.shape[1], 1)], dim=-1)
+        p = logits.softmax(dim=-1)[..., : k.shape[1]]
         results.append((p.to(dtype) @ v.to(dtype)).transpose(0, 1))
     return results
 
@@ -302,8 +308,8 @@ def check_all(batch, config, scale):
     marks = []
     for _ in range(2):
         pipeline.run_stages(
-            batch.q, batch.kv, batch.schedule, config=config, softmax_scale=scale, q_scale=batch.q_scale, out=out,
-            block_counts=counts, workspace=workspace, mark=lambda: marks.append(None),
+            batch.q, batch.kv, batch.schedule, config=config, softmax_scale=scale, q_scale=batch.q_scale,
+            sinks=batch.sinks, out=out, block_counts=counts, workspace=workspace, mark=lambda: marks.append(None),
         )  # fmt: skip
     assert len(marks) == 2 * (1 + 2 * len(batch.schedule.slabs))
     assert int(batch.schedule.next_pair) == 0, "the counter is left as it was found"
@@ -314,7 +320,7 @@ def check_all(batch, config, scale):
     )
     assert counts.tolist() == [2 * sum(int(mask.sum()) for mask in masks), 2 * visible]
     for request, part, mask, got in zip(batch.requests, batch.parts, masks, split(out, batch), strict=True):
-        assert_close_attention(got, part, mask, request, scale)
+        assert_close_attention(got, part, mask, request, scale, batch.sinks)
     return out
 
 

@@ -180,7 +180,7 @@ KINDS = {
         library="vllm_flash_attn/_vllm_fa2_C*",
         refused="FA2 does not support scheduler_metadata",
     ),
-    "gpt_oss": Kind(gpt_oss, dense_layers={"sliding_window": 2, "attention_sinks": 2}, library="_moe_C*"),
+    "gpt_oss": Kind(gpt_oss, 2, {"sliding_window": 2}, library="_moe_C*"),
     "qwen3_moe": Kind(qwen3_moe, 2, library="_moe_C*", noise=0.08),
     "qwen2_5_vl": Kind(qwen2_5_vl, 3, engine=ONE_IMAGE, tokenizer=True, images={1: 336}),
     "bert": Kind(bert, dense_layers={"encoder_attention": 2}, engine={"runner": "pooling"}, tokenizer=True),

@@ -34,6 +34,7 @@ class Shape:
     page_size: int
     kv_cache_dtype: str = "auto"
     scales_by_head: bool = False
+    has_sinks: bool = False
 
     @property
     def scale(self):
@@ -45,7 +46,7 @@ class Shape:
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.") + ("-e4m3" if self.quantised else "")
-        dtype += "-scales by head" * self.scales_by_head
+        dtype += "-scales by head" * self.scales_by_head + "-sinks" * self.has_sinks
         return f"{self.heads}/{self.kv_heads}x{self.head_size}-{dtype}-pages{self.page_size}"
 
 
@@ -92,6 +93,11 @@ def heads_before_tokens():
     return support_for(installed_vllm()).flash_attn == "vllm_0_26_0_flash_attn"
 
 
+def sinks(shape, device):
+    """[heads] logits: one that takes nearly all, one that takes nearly nothing, and some between."""
+    return torch.linspace(-20, 20, shape.heads, dtype=shape.dtype, device=device)
+
+
 class Side:
     """A builder and an impl of one backend, made as vLLM makes them.
 
@@ -129,6 +135,7 @@ class Side:
                     alibi_slopes=None,
                     sliding_window=None,
                     kv_cache_dtype=shape.kv_cache_dtype,
+                    **({"sinks": sinks(shape, device)} if shape.has_sinks else {}),
                 )
                 | impl
             )

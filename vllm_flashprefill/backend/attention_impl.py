@@ -159,6 +159,7 @@ class FlashPrefillImplMixin:
             config=self.flashprefill_config,
             softmax_scale=self.scale,
             q_scale=layer._q_scale if is_e4m3(q) else None,
+            sinks=getattr(self, "sinks", None),
             out=out,
             block_counts=self._counts.blocks,
             workspace=self._workspace,

@@ -149,8 +149,6 @@ def _every_layer(text: Any) -> Iterator[tuple[DenseReason, str]]:
     """What makes all layers of a model dense, by its config."""
     if _said(text, "attn_logit_softcapping"):
         yield DenseReason.SOFTCAP, "caps its logits"
-    if _said(text, "model_type") == "gpt_oss":
-        yield DenseReason.SINKS, "has attention sinks"
     if _said(text, "alibi") is True or _said(text, "model_type") == "bloom":
         yield DenseReason.ALIBI, "has ALiBi"
 

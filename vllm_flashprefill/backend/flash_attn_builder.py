@@ -36,10 +36,8 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
                 dtype=self.vllm_config.model_config.dtype,
                 device=torch.device(self.device),
             )
-            check_layers(
-                self,
-                (layer for layer in self.own_layers() if has_e4m3_cache(layer.impl) or not compared_on_gpu()),
-            )
+            compared = compared_on_gpu()
+            check_layers(self, (layer for layer in self.own_layers() if not compared or _is_new(layer.impl)))
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> Any:
@@ -59,6 +57,11 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
             return super().build_dense(part, plan)
         finally:
             self.use_full_cuda_graph, self.max_num_splits = kept
+
+
+def _is_new(impl: Any) -> bool:
+    """Whether layers like this were not among those that were compared."""
+    return has_e4m3_cache(impl) or getattr(impl, "sinks", None) is not None
 
 
 def _say_scales(layer: Any) -> None:

@@ -47,7 +47,7 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
     """What about an attention layer makes it always dense, wherever in the model it is; or None.
 
     Args:
-        impl: a vLLM attention impl; what it carries of `attn_type`, `sliding_window`, `logits_soft_cap`,
+        impl: a vLLM attention impl; what it carries of `num_heads`, `attn_type`, `sliding_window`, `logits_soft_cap`,
             `alibi_slopes`, `sinks`, `kv_sharing_target_layer_name`, `kv_cache_dtype`, `takes_e4m3`,
             `dcp_world_size`, `pcp_world_size` and `batch_invariant_enabled` is read.
     """
@@ -63,7 +63,8 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
         return DenseReason.SOFTCAP
     if getattr(impl, "alibi_slopes", None) is not None:
         return DenseReason.ALIBI
-    if getattr(impl, "sinks", None) is not None:
+    sinks = getattr(impl, "sinks", None)
+    if sinks is not None and (getattr(sinks, "shape", None) != (impl.num_heads,) or sinks.dtype.itemsize not in (2, 4)):
         return DenseReason.SINKS
     if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
         return DenseReason.KV_SHARING

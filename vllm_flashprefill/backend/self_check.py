@@ -25,7 +25,8 @@ from vllm_flashprefill.key_values import dequantise
 logger = logging.getLogger("vllm.flashprefill")
 
 # Releases whose GPU engines were compared with vLLM's own backend, request by request (tests/gpu), before this check
-# was there; it has not run in them. Caches were in 16 bits.
+# was there; it has not run in them. Caches were in 16 bits, and no
+# layer had sinks.
 COMPARED_ON_GPU = ("0.10.0", "0.12.0", "0.24.0")
 
 # What was checked in this process, and what is wrong with it, or None.
@@ -61,7 +62,7 @@ def check_layers(builder: Any, layers: Iterable[Any]) -> None:
         if impl.never_sparse():
             continue
         config, page_size = builder.flashprefill_config, _page_size(builder)
-        dtypes = _dtype(builder), has_e4m3_cache(impl)
+        dtypes = _dtype(builder), has_e4m3_cache(impl), getattr(impl, "sinks", None) is not None
         kind = (type(impl), impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtypes, config)
         if kind not in _results:
             _results[kind] = _failure(builder, layer)

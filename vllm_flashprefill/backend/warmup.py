@@ -43,6 +43,8 @@ def compile_kernels(
         config = impl.flashprefill_config
         constants = config.num_pieces, config.num_sink_blocks, config.num_window_blocks
         dtypes = dtype, has_e4m3_cache(impl), has_quantised_query(impl)
+        sinks = getattr(impl, "sinks", None)
+        dtypes += (None if sinks is None else sinks.dtype,)
         kind = (impl.num_heads, impl.num_kv_heads, impl.head_size, page_size, dtypes, device, constants)
         if kind not in _compiled:
             _compiled.add(kind)
@@ -88,6 +90,7 @@ def _run_kernels(
         config=impl.flashprefill_config,
         softmax_scale=impl.scale,
         q_scale=one if has_quantised_query(impl) else None,
+        sinks=getattr(impl, "sinks", None),
         out=out,
         block_counts=torch.zeros(2, dtype=torch.int64, device=device),
     )

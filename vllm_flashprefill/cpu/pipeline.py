@@ -22,6 +22,7 @@ def run_stages(
     config: FlashPrefillConfig,
     softmax_scale: float,
     q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
     workspace: Any = None,
@@ -48,7 +49,7 @@ def run_stages(
             mark()
         attended = sparse_attention_cpu(
             queries, k, v, mask,
-            context_len=request.context_len, block_size=config.block_size, softmax_scale=softmax_scale,
+            context_len=request.context_len, block_size=config.block_size, softmax_scale=softmax_scale, sinks=sinks,
         )  # fmt: skip
         out[rows] = attended.to(out.dtype)
         if mark is not None:

@@ -19,6 +19,7 @@ def sparse_attention_cpu(
     context_len: int,
     block_size: int,
     softmax_scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact softmax attention over the kept blocks; arguments and result as of `sparse_attention_ref`.
 
@@ -69,6 +70,8 @@ def sparse_attention_cpu(
             joined = torch.logaddexp(lse[h, i], part_lse)
             out[h, i] = out[h, i] * (lse[h, i] - joined).exp() + part * (part_lse - joined).exp()
             lse[h, i] = joined
+    if sinks is not None:
+        out *= (lse - sinks.float().view(-1, 1, 1, 1)).sigmoid()
     return out.flatten(1, 2)[:, lead : lead + num_tokens].transpose(0, 1).to(q.dtype)
 
 

@@ -24,6 +24,7 @@ def run_stages(
     config: FlashPrefillConfig,
     softmax_scale: float,
     q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor,
     block_counts: torch.Tensor | None = None,
     workspace: Workspace | None = None,
@@ -33,7 +34,7 @@ def run_stages(
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone.
-        q_scale, block_counts, workspace, mark: as of `api.flash_prefill_paged`.
+        q_scale, sinks, block_counts, workspace, mark: as of `api.flash_prefill_paged`.
 
     Returns:
         out.
@@ -56,7 +57,7 @@ def run_stages(
         select(q, mean, schedule, slab, **shared)
         if mark is not None:
             mark()
-        sparse_attention(q, kv, schedule, slab, out=out, **shared)
+        sparse_attention(q, kv, schedule, slab, sinks=sinks, out=out, **shared)
         if mark is not None:
             mark()
     return out

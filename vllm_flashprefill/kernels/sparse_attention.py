@@ -29,7 +29,7 @@ logger = logging.getLogger("vllm.flashprefill")
 _broken: set[AttentionConfig] = set()
 _warned: set[tuple[str, int, str]] = set()
 
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -56,13 +56,13 @@ def _softmax_step(s, v, acc, row_max, row_sum, scale):
 
 @triton.jit(
     do_not_specialize=[
-        "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "first_item", "num_dense_items", "rows_per_batch",
+        "sinks_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "first_item", "num_dense_items", "rows_per_batch",
         "rows_per_head", "stride_table", "stride_q_scale", "stride_k_scale", "stride_v_scale",
     ]
 )  # fmt: skip
 def _sparse_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-    q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, rows_per_head, scale,
+    sinks_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, rows_per_head, scale,
     stride_qb: tl.int64, stride_qt, stride_qh, stride_ob: tl.int64, stride_ot, stride_oh,
     stride_kp: tl.int64, stride_kt, stride_kg, stride_vp: tl.int64, stride_vt, stride_vg,
     stride_table, stride_q_scale, stride_k_scale, stride_v_scale,
@@ -170,6 +170,8 @@ def _sparse_attention_kernel(
             v = from_e4m3(v, FP8_NATIVE)
         acc, row_max, row_sum = _softmax_step(s, v, acc, row_max, row_sum, scale)
 
+    if sinks_ptr is not None:
+        row_sum += tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E - row_max)
     out = acc / row_sum[:, None] * load_scale(v_scale_ptr, kv_head, stride_v_scale)
     out_ptrs = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     out_ptrs = out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :]
@@ -186,6 +188,7 @@ def sparse_attention(
     counts: torch.Tensor,
     softmax_scale: float,
     q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor,
     launch: AttentionConfig | None = None,
 ) -> None:
@@ -195,7 +198,7 @@ def sparse_attention(
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone. q may be e4m3 codes
             (uint8) where kv is e4m3 too.
         kv: with e4m3 the products are in float16, to whose range q is clamped.
-        q_scale: as of `api.flash_prefill_paged`.
+        q_scale, sinks: as of `api.flash_prefill_paged`.
         lists, counts: from `block_select`.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
@@ -204,14 +207,14 @@ def sparse_attention(
     for choice in choices[:-1]:
         if (misfit := _misfit(choice, q, kv)) is None:
             try:
-                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, out)
+                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out)
                 return
             except Exception as error:
                 _broken.add(choice)
                 misfit = f"{type(error).__name__}: {error}"
         if misfit:
             _warn_slower("Hopper" if choice.gluon else "TMA", head_size, misfit)
-    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, out)
+    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out)
 
 
 def _misfit(launch: AttentionConfig, q: torch.Tensor, kv: KeyValues) -> str | None:
@@ -242,12 +245,13 @@ def _launch(
     counts: torch.Tensor,
     softmax_scale: float,
     q_scale: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     k, v = kv.codes()
     num_heads, head_size = q.shape[2:]
     tables = (kv.block_table, schedule.requests, schedule.items, lists, counts)
-    scale = softmax_scale * LOG2_E
+    scale = softmax_scale * LOG2_E.value
     constants = dict(
         NUM_HEADS=num_heads,
         GROUP=num_heads // kv.num_heads,
@@ -258,7 +262,7 @@ def _launch(
     )
     if launch.gluon:
         tables += (schedule.next_pair,)
-        hopper.sparse_attention_hopper(q, kv, out, slab, as_matrix(q), as_matrix(k), tables, scale, **constants)
+        hopper.sparse_attention_hopper(q, kv, out, slab, as_matrix(q), as_matrix(k), tables, scale, sinks, **constants)
         return
     matrix = as_matrix(k) if launch.tma else None
     tile = [launch.block_n, head_size]
@@ -270,6 +274,7 @@ def _launch(
         TensorDescriptor(k, matrix.shape, matrix.strides, tile) if matrix else None,
         TensorDescriptor(v, matrix.shape, matrix.strides, tile) if matrix else None,
         *tables,
+        sinks,
         q_scale,
         kv.k_scale,
         kv.v_scale,

@@ -43,6 +43,7 @@ _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_g
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 STAGES = gl.constexpr(2)
+LOG2_E = gl.constexpr(math.log2(math.e))
 
 # Columns of a swizzled row, 128 bytes.
 PANEL = 64
@@ -194,8 +195,15 @@ def _producer(
 
 
 @gluon.jit
-def _consumer(args, HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr):
-    out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared = args
+def _consumer(
+    args,
+    HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+):  # fmt: skip
+    (
+        out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, first_item, scale, stride_ob, stride_ot, stride_oh,
+        shared,
+    ) = args  # fmt: skip
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean = shared
     ROWS: gl.constexpr = BLOCK // 2
     dtype: gl.constexpr = k_buffers.dtype
@@ -279,6 +287,8 @@ def _consumer(args, HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.c
         acc = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), v_buffers.index(slot), acc)
         mbarrier.arrive(v_free.index(slot), count=1)
         step += 1
+        if HAS_SINKS:
+            row_sum += gl.exp2(gl.load(sinks_ptr + pair % NUM_HEADS).to(gl.float32) * LOG2_E - row_max)
         acc = acc * gl.convert_layout(1.0 / row_sum, acc_row_layout)[:, None]
         out = gl.convert_layout(acc.to(dtype), io_layout)
         query_len = gl.load(request_ptr + columns.QUERY_LEN)
@@ -310,15 +320,16 @@ def _producer_3_5(consumer_args, producer_args):
 @gluon.jit(
     do_not_specialize=[
         "first_item", "num_dense_items", "num_pairs", "q_rows_per_batch", "q_rows_per_head", "kv_rows_per_batch",
-        "kv_rows_per_head", "stride_table", "next_ptr",
+        "kv_rows_per_head", "stride_table", "next_ptr", "sinks_ptr",
     ]
 )  # fmt: skip
 def _sparse_attention_hopper_kernel(
     out_ptr, q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-    first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch, kv_rows_per_head,
-    scale, stride_ob: gl.int64, stride_ot, stride_oh, stride_table,
+    sinks_ptr, first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
+    kv_rows_per_head, scale, stride_ob: gl.int64, stride_ot, stride_oh, stride_table,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     q_buffers = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, HEAD_SIZE], q_desc.layout)
@@ -344,23 +355,24 @@ def _sparse_attention_hopper_kernel(
 
     # fmt: off
     shared = (q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean)
-    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, first_item, scale, stride_ob, stride_ot, stride_oh, shared)
+    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, first_item, scale, stride_ob, stride_ot,
+               stride_oh, shared)
     produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
                first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
                kv_rows_per_head, stride_table, shared)
     # A constant stays one only inside the call.
     if _TRITON_3_5:
         gl.warp_specialize(
-            (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK),
+            (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS),
             _consumer,
-            ((consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK),
+            ((consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS),
              (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS)),
             (_second_consumer_3_5, _producer_3_5), [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK)),
-             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK)),
+            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS)),
+             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS)),
              (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
             [4, 1], [240, 24],
         )
@@ -376,6 +388,7 @@ def sparse_attention_hopper(
     matrix: Matrix,
     tables: tuple[torch.Tensor | None, ...],
     scale: float,
+    sinks: torch.Tensor | None,
     **constants: int,
 ) -> None:
     """`sparse_attention` by this kernel.
@@ -383,7 +396,7 @@ def sparse_attention_hopper(
     Args:
         q_matrix, matrix: how q, and k and v alike, lie as matrices.
         tables: the kernel's arguments from block_table_ptr to next_ptr.
-        scale, constants: its arguments that `_sparse_attention_kernel` has too.
+        scale, sinks, constants: its arguments that `_sparse_attention_kernel` has too.
     """
     num_pairs = slab.num_items * q.shape[2]
     layout = tile_layout(kv.k.element_size())
@@ -395,6 +408,8 @@ def sparse_attention_hopper(
         TensorDescriptor(kv.k, matrix.shape, matrix.strides, [box, PANEL], layout),
         TensorDescriptor(kv.v, matrix.shape, matrix.strides, [box, PANEL], layout),
         *tables,
+        # The kernel reads it only where there are sinks.
+        out if sinks is None else sinks,
         slab.first_item,
         slab.num_dense_items,
         num_pairs,
@@ -408,5 +423,6 @@ def sparse_attention_hopper(
         BOX=box,
         Q_COLUMNS=q_matrix.columns_per_head,
         KV_COLUMNS=matrix.columns_per_head,
+        HAS_SINKS=sinks is not None,
         **constants,
     )

@@ -96,7 +96,6 @@ def test_where_something_can_be_pruned_there_is_no_warning(engine):
         ({"dtype": torch.float32}, "ask for --dtype bfloat16"),
         ({"head_size": 96}, "heads of 64, 128, 256, and this model's are of 96"),
         ({"hf": {"attn_logit_softcapping": 50.0}}, "caps its logits"),
-        ({"hf": {"model_type": "gpt_oss"}}, "attention sinks"),
         ({"hf": {"model_type": "bloom"}}, "ALiBi"),
         (
             {"hf": {"layer_types": GEMMA["layer_types"][:1] * LAYERS, "interleaved_sliding_window": 512}},

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.backend.layer_routing import check_layer_names, layer_dense_reason, layer_index
@@ -18,6 +19,7 @@ def impl(**attributes):
         sinks=None,
         kv_sharing_target_layer_name=None,
         kv_cache_dtype="auto",
+        num_heads=4,
     )
     return SimpleNamespace(**{**plain, **attributes})
 
@@ -35,6 +37,10 @@ def impl(**attributes):
         ({"sliding_window": 512}, DenseReason.SLIDING_WINDOW),
         ({"logits_soft_cap": 50.0}, DenseReason.SOFTCAP),
         ({"alibi_slopes": [0.5]}, DenseReason.ALIBI),
+        ({"sinks": torch.zeros(4)}, None),
+        ({"sinks": torch.zeros(4, dtype=torch.bfloat16)}, None),
+        ({"sinks": torch.zeros(4, dtype=torch.float64)}, DenseReason.SINKS),
+        ({"sinks": torch.zeros(8)}, DenseReason.SINKS),
         ({"sinks": [0.0]}, DenseReason.SINKS),
         ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, DenseReason.KV_SHARING),
         ({"kv_cache_dtype": "fp8"}, DenseReason.QUANTIZED_KV_CACHE),

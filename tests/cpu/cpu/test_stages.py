@@ -34,8 +34,10 @@ def test_batched_cpu_attention_equals_the_reference(request_shape, alpha, heads,
         q, k, context_len=context_len, prompt_len=seq_len + rest, config=config, softmax_scale=SCALE
     )
     arguments = dict(context_len=context_len, block_size=128, softmax_scale=SCALE)
-    out = sparse_attention_cpu(q, k, v, mask, **arguments)
-    torch.testing.assert_close(out, sparse_attention_ref(q, k, v, mask, **arguments), rtol=1e-4, atol=1e-5)
+    for sinks in (None, torch.linspace(-20, 20, q.shape[1])):
+        out = sparse_attention_cpu(q, k, v, mask, **arguments, sinks=sinks)
+        expected = sparse_attention_ref(q, k, v, mask, **arguments, sinks=sinks)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_batched_cpu_attention_gathers_in_pieces(monkeypatch):

@@ -17,7 +17,13 @@ def generate_batch(model):
         max_new_tokens=4, do_sample=False, eos_token_id=99, pad_token_id=0, num_blocks=64, block_size=32,
         max_batch_tokens=512,
     )  # fmt: skip
-    (output,) = model.generate_batch([prompt()[0].tolist()], generation_config=options, progress_bar=False).values()
+    more = {}
+    if hasattr(transformers, "ContinuousBatchingConfig"):
+        # What the other says of the cache is not read here, and without a size it is nine tenths of the memory.
+        config = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512)
+        more = {"continuous_batching_config": config}
+    inputs = [prompt()[0].tolist()]
+    (output,) = model.generate_batch(inputs, generation_config=options, progress_bar=False, **more).values()
     return output.generated_tokens
 
 

@@ -30,6 +30,7 @@ GROUPS = {
         "ragged": (0.3, "requests=[Request(1100), Request(128), Request(1), Request(257)]"),
         "slabs": (0.3, "requests=[Request(900)], slab_bytes=300"),
         "one_kv_head": (0.3, "requests=[Request(800)], heads=3, kv_heads=1, dim=128"),
+        "sinks": (0.3, "requests=[Request(520), Request(1)], sinks=True"),
     },
     "pieces": {
         "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),

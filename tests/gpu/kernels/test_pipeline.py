@@ -35,6 +35,15 @@ def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("kv_dtype", [None, torch.uint8])
+def test_attention_sinks(kv_dtype, page_size, dim):
+    config = sparse_config(piece_size=8)
+    how = dict(page_size=page_size, dim=dim, dtype=torch.bfloat16, kv_dtype=kv_dtype, device="cuda", config=config)
+    check_all(make_batch([Request(2000, 300), Request(1), Request(129)], sinks=True, **how), config, SCALE)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 128])
 @pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("kv_dtype", [None, torch.uint8])
 def test_keys_and_values_of_a_head_beside_each_other(kv_dtype, heads_first, page_size, dim, caplog):
