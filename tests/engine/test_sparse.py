@@ -65,13 +65,11 @@ def test_a_mixed_batch_gives_each_what_it_gets_alone(chunked, alone):
     assert stats.dense_tokens["decode"] >= 30 * 11
 
 
-# Tokens of a prompt, and where in it the fact is. One vLLM takes one near the model's limit of 8K too.
-PLACES = [(4096, depth) for depth in (0.9, 0.7, 0.5, 0.3, 0.1)]
-LONG_PLACES = [(7500, 0.5)] if vllm_version() == "0.32.0" else []
-# 0.10.0's libraries are quick in bfloat16; without instructions for it those of the others take six times as long.
-DTYPE = "bfloat16" if vllm_version() == "0.10.0" else "float32"
+# Tokens of a prompt, and where in it the fact is; one near the model's limit of 8K.
+PLACES = [*((4096, depth) for depth in (0.9, 0.7, 0.5, 0.3, 0.1)), (7500, 0.5)]
 
 
+@pytest.mark.skipif(vllm_version() in ("0.10.0", "0.12.0"), reason="one version's needles are enough, the newest's")
 def test_needles_are_found_wherever_dense_finds_them(text_ids, tokenizer, capfd):
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -92,7 +90,7 @@ def test_needles_are_found_wherever_dense_finds_them(text_ids, tokenizer, capfd)
         Deepest first: each prompt reuses the text before its fact, and its density is of what it computes itself.
         """
         missed = []
-        with engine(options, dtype=DTYPE, enable_prefix_caching=True, max_num_batched_tokens=8192) as generate:
+        with engine(options, enable_prefix_caching=True, max_num_batched_tokens=8192) as generate:
             for length, depth in places:
                 (answer,), stats = generate([(prompt(length, depth), 6)])
                 found = code in answer["text"]
@@ -106,7 +104,7 @@ def test_needles_are_found_wherever_dense_finds_them(text_ids, tokenizer, capfd)
 
     with capfd.disabled():
         # The later prompts too are to be sparse, although some layers keep more of them than pays.
-        missed = misses(PLACES + LONG_PLACES, {"max_density": 1.0})
-        assert not set(PLACES).issubset(missed), "where nothing is found, nothing is tested"
+        missed = misses(PLACES, {"max_density": 1.0})
+        assert set(missed) != set(PLACES), "where nothing is found, nothing is tested"
         if missed:
             assert misses(missed, None) == missed, "dense finds what sparse missed"
