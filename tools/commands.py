@@ -31,7 +31,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 # What in backticks is a command.
 STARTS = ("python ", "python -m ", "make ", "pip ", "vllm serve ", "curl ", "scripts/", "FLASHPREFILL")
 # Programs that are not of this project; of their arguments only FlashPrefill's are checked.
-OTHERS = {"vllm", "curl", "build"}
+OTHERS = {"vllm", "curl", "build", "apt"}
 VARIABLE = re.compile(r"^([A-Z][A-Z0-9_]*)=(.*)$")
 # Code that imports one of these needs a model or an engine, so it is not run.
 NOT_RUN = {"vllm", "transformers"}
