@@ -88,7 +88,7 @@ def draw(kept: Kept, title: str, file: Path) -> None:
     for axis, ((layer, head), mask) in zip(axes.flat, kept.items(), strict=False):
         visible = torch.ones_like(mask).tril()
         # 0 after the query, 1 dropped, 2 kept.
-        axis.imshow(visible.int() + mask.int(), cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
+        axis.imshow((visible.int() + mask.int()).numpy(), cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
         axis.set_title(f"layer {layer}, head {head}: {mask.sum() / visible.sum():.0%}", fontsize=9)
         axis.set_xlabel("key block", fontsize=8)
         axis.set_ylabel("query block", fontsize=8)

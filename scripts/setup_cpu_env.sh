@@ -39,6 +39,9 @@ install_engine() {
     command -v "$python" >/dev/null || fail "no $python on the PATH; set PYTHON to a Python $oldest to 3.12"
     "$python" -c "import sys; sys.exit(not ${oldest#*.} <= sys.version_info[1] <= 12)" 2>/dev/null ||
         fail "vLLM $version needs Python $oldest to 3.12, $python is $("$python" -V 2>/dev/null || echo not usable); set PYTHON to another"
+    # vLLM's library is linked against it. Without it an engine fails much later, and says something else.
+    "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+        fail "vLLM's CPU engine needs libnuma.so.1 (Debian: apt install libnuma1)"
 
     if [ ! -x "$venv/bin/python" ]; then
         free_gb=$(($(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print $4 }') / 1024 / 1024))

@@ -3,7 +3,8 @@
 Takes the code of README.md, CONTRIBUTING.md, docs/ and the folders' READMEs: fenced blocks, and what stands in
 backticks and begins as a command. Files, make targets and modules must exist, `--help` must know each option,
 FlashPrefill its own options and variables, and what Python code imports from it must be there. Python code that needs
-neither vLLM nor a model's weights is run. Exits with 1 after a line for each fault.
+neither vLLM nor a model's weights is run. Exits with 1 after a line for each fault. tools/run_commands.py runs the
+commands themselves.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 # What in backticks is a command.
 STARTS = ("python ", "python -m ", "make ", "pip ", "vllm serve ", "curl ", "scripts/", "FLASHPREFILL")
 # Programs that are not of this project; of their arguments only FlashPrefill's are checked.
-OTHERS = {"vllm", "curl", "build"}
+OTHERS = {"vllm", "curl", "build", "apt"}
 VARIABLE = re.compile(r"^([A-Z][A-Z0-9_]*)=(.*)$")
 # Code that imports one of these needs a model or an engine, so it is not run.
 NOT_RUN = {"vllm", "transformers"}
@@ -51,8 +52,12 @@ def pages() -> list[Path]:
     return [*first, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def codes(page: Path) -> Iterator[Code]:
-    """A page's commands, one a line, and its Python code; lines that end with a backslash are one command."""
+def codes(page: Path, backticks: bool = True) -> Iterator[Code]:
+    """A page's commands, one a line, and its Python code; lines that end with a backslash are one command.
+
+    Args:
+        backticks: also what stands in single backticks and begins as a command.
+    """
     text = page.read_text(encoding="utf-8")
     name = str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
     for indent, language, block in FENCE.findall(text):
@@ -62,7 +67,7 @@ def codes(page: Path) -> Iterator[Code]:
             for line in block.replace("\\\n", " ").splitlines():
                 if line.strip() and not line.strip().startswith("#"):
                     yield Code(name, "sh", line.strip())
-    for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text)):
+    for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text)) if backticks else ():
         span = " ".join(span.split())
         if span.startswith(STARTS) and " " in span:
             yield Code(name, "sh", span)

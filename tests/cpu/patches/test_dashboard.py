@@ -43,6 +43,12 @@ def test_labels_and_variables_are_known():
         assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
 
 
+def test_panels_have_what_the_schema_requires():
+    for panel in DASHBOARD["panels"]:
+        assert {"type", "title", "gridPos", "datasource", "targets"} <= panel.keys()
+        assert {"defaults", "overrides"} <= panel["fieldConfig"].keys()
+
+
 def test_panels_lie_beside_each_other():
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
