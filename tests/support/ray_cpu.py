@@ -1,0 +1,102 @@
+"""A Ray cluster of two nodes on this machine, and CPU ranks on it, which vLLM has for GPUs alone.
+
+Ray is told that each node has one GPU, and vLLM, by a platform plugin of its kind, that its CPU is one.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support import ROOT
+from tests.support.engines import environment
+
+# Ray has a name for 127.0.0.1, the address of the machine.
+HEAD, OTHER = "127.0.0.2", "127.0.0.3"
+
+
+def platform():
+    return f"{__name__}.RayCpuPlatform"
+
+
+def __getattr__(name):
+    if name != "RayCpuPlatform":
+        raise AttributeError(name)
+    # Not when vLLM's own processes look for platforms.
+    from vllm.platforms.cpu import CpuPlatform
+
+    class RayCpuPlatform(CpuPlatform):
+        ray_device_key = "GPU"
+
+        @classmethod
+        def check_and_update_config(cls, vllm_config):
+            # Some versions replace Ray, which they cannot use here, by processes of this machine.
+            chosen = vllm_config.parallel_config.distributed_executor_backend
+            super().check_and_update_config(vllm_config)
+            vllm_config.parallel_config.distributed_executor_backend = chosen
+
+    globals()[name] = RayCpuPlatform
+    return RayCpuPlatform
+
+
+def node_environment(folder, ip, path=()):
+    """Of a node's processes, which begin with nothing of FlashPrefill's but the installed package.
+
+    path: folders before the checkout, where Python looks for modules first.
+    """
+    plugin = folder / "plugin" / "ray_cpu-1.dist-info"
+    plugin.mkdir(parents=True, exist_ok=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: ray-cpu\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text(f"[vllm.platform_plugins]\nray_cpu = {__name__}:platform\n")
+    env = environment(
+        PYTHONPATH=os.pathsep.join(map(str, (*path, plugin.parent, ROOT))),
+        VLLM_HOST_IP=ip,
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        RAY_AUTH_MODE="disabled",
+        RAY_USAGE_STATS_ENABLED="0",
+    )
+    return {name: value for name, value in env.items() if not name.startswith("FLASHPREFILL")}
+
+
+@contextlib.contextmanager
+def ray_cluster(folder, other_path=()):
+    """Start it; yields the environment of a driver on the head node. other_path: as `node_environment`'s."""
+    with socket.socket() as probe:
+        probe.bind((HEAD, 0))
+        port = probe.getsockname()[1]
+    address = f"{HEAD}:{port}"
+    with contextlib.ExitStack() as stack:
+        for ip, path in ((HEAD, ()), (OTHER, other_path)):
+            where = ["--head", "--port", str(port)] if ip == HEAD else ["--address", address]
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where, "--node-ip-address", ip]
+            command += ["--num-cpus", "1", "--num-gpus", "1", "--object-store-memory", "100000000"]
+            command += ["--include-dashboard=false"] if ip == HEAD else []
+            log = stack.enter_context(open(Path(folder, f"ray-{ip}.log"), "w"))
+            node = subprocess.Popen(command, env=node_environment(folder, ip, path), stdout=log, stderr=log, cwd=folder)
+            stack.callback(_stop, node)
+        _wait_for_nodes(address, node_environment(folder, HEAD), 2)
+        yield {**node_environment(folder, HEAD), "RAY_ADDRESS": address}
+
+
+def _stop(node):
+    node.terminate()
+    try:
+        node.wait(60)
+    except subprocess.TimeoutExpired:
+        node.kill()
+
+
+def _wait_for_nodes(address, env, count, seconds=120):
+    ask = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
+    deadline = time.monotonic() + seconds
+    while True:
+        asked = subprocess.run([sys.executable, "-c", ask, address], env=env, capture_output=True, text=True)
+        if asked.returncode == 0 and asked.stdout.split()[-1:] == [str(count)]:
+            return
+        assert time.monotonic() < deadline, asked.stdout + asked.stderr
+        time.sleep(1)
