@@ -18,30 +18,6 @@ from tests.support.engines import environment
 HEAD, OTHER = "127.0.0.2", "127.0.0.3"
 
 
-def platform():
-    return f"{__name__}.RayCpuPlatform"
-
-
-def __getattr__(name):
-    if name != "RayCpuPlatform":
-        raise AttributeError(name)
-    # Not when vLLM's own processes look for platforms.
-    from vllm.platforms.cpu import CpuPlatform
-
-    class RayCpuPlatform(CpuPlatform):
-        ray_device_key = "GPU"
-
-        @classmethod
-        def check_and_update_config(cls, vllm_config):
-            # Some versions replace Ray, which they cannot use here, by processes of this machine.
-            chosen = vllm_config.parallel_config.distributed_executor_backend
-            super().check_and_update_config(vllm_config)
-            vllm_config.parallel_config.distributed_executor_backend = chosen
-
-    globals()[name] = RayCpuPlatform
-    return RayCpuPlatform
-
-
 def node_environment(folder, ip, path=()):
     """Of a node's processes, which begin with nothing of FlashPrefill's but the installed package.
 
@@ -50,10 +26,13 @@ def node_environment(folder, ip, path=()):
     plugin = folder / "plugin" / "ray_cpu-1.dist-info"
     plugin.mkdir(parents=True, exist_ok=True)
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: ray-cpu\nVersion: 1\n")
-    (plugin / "entry_points.txt").write_text(f"[vllm.platform_plugins]\nray_cpu = {__name__}:platform\n")
+    (plugin / "entry_points.txt").write_text(
+        "[vllm.platform_plugins]\nray_cpu = tests.support.ray_cpu_platform:platform\n"
+    )
     env = environment(
         PYTHONPATH=os.pathsep.join(map(str, (*path, plugin.parent, ROOT))),
         VLLM_HOST_IP=ip,
+        VLLM_CPU_KVCACHE_SPACE="1",
         GLOO_SOCKET_IFNAME="lo",
         OMP_NUM_THREADS="1",
         VLLM_CPU_OMP_THREADS_BIND="nobind",

@@ -1,11 +1,11 @@
 """What an engine's workers need of FlashPrefill on other nodes, and whether they have it.
 
 Target: ``vllm.envs.environment_variables``, and ``Executor.get_kv_cache_specs`` of engine V1.
-Why: Ray's workers, and those of ``--nnodes``, have the environment of their node. Ray's get vLLM's own variables only (before
-its second Ray executor, vLLM 0.24.0's default, which copies all), so theirs would be plain vLLM without a word; and a
-node may lack this package or have another one.
-How: our variables join the first, by which vLLM decides what Ray's actors get. The second is what an engine asks first of
-workers that have loaded the model: before it, each of them is asked what it is, by a function that is sent as code.
+Why: Ray's workers, and those of ``--nnodes``, have the environment of their node. Ray's get vLLM's own variables, and
+nothing else before its second Ray executor (vLLM 0.24.0's default), so they would be plain vLLM without a word. And a
+node may lack this package, or have another one.
+How: our variables join the first, by which vLLM decides what Ray's actors get. The second is what an engine asks first
+of workers that have loaded the model: before it, each is asked what it is, by a function that is sent as code.
 Can go: the first once vLLM copies the variables of its plugins, the second once it compares plugins across workers.
 """
 
@@ -55,7 +55,7 @@ def check_workers() -> None:
 
 
 def question() -> Callable[[Any], dict[str, Any]]:
-    """What workers are asked. A function within a function goes over the wire as its code: it may need nothing of ours."""
+    """What workers are asked. It is sent as code, as a function within a function is, and may need nothing of ours."""
 
     def answer(worker: Any) -> dict[str, Any]:
         import os
@@ -132,8 +132,8 @@ def _fault(answer: dict[str, Any], options: str) -> str | None:
         return f"has vllm_flashprefill {version} with other code: install the same commit on all nodes"
     if not answer["registered"]:
         return (
-            f"has vllm_flashprefill, but is plain vLLM, with {ENV_ENABLE}={answer['variable'] or ''}: see its log, and that "
-            "neither VLLM_PLUGINS nor vLLM's ray_non_carry_over_env_vars.json there or here keeps it out"
+            f"has vllm_flashprefill, but is plain vLLM, with {ENV_ENABLE}={answer['variable'] or ''}: see its log, and "
+            "that neither VLLM_PLUGINS nor vLLM's ray_non_carry_over_env_vars.json there or here keeps it out"
         )
     if answer["options"] != options:
         return f"has the options {answer['options']}, not {options}: unset FLASHPREFILL_* variables there"
