@@ -25,7 +25,7 @@ def batches(text_ids):
     return [[(text_ids[:1500], 4)], [(text_ids[5000:5060], 8), (text_ids[5100:7000], 8)]]
 
 
-def on_two_nodes(env, batches, model):
+def on_two_nodes(env, batches, model, folder):
     """([result of each batch] at alpha 0, the same sparse, everything the processes wrote) of one rank on each node."""
     env = {**env, **{f"FLASHPREFILL_{name.upper()}": str(value) for name, value in SPARSE.items()}}
     # Lets an option be changed in the ranks.
@@ -35,7 +35,8 @@ def on_two_nodes(env, batches, model):
         "batches": batches,
         "passes": [{"alpha": 0.0}, {"alpha": SPARSE["alpha"]}],
     }
-    results, log = run_job("engine_job", job, env)
+    # Ray has its workers look for modules in the folder that the driver is in, before all others.
+    results, log = run_job("engine_job", job, env, cwd=folder)
     return results[: len(batches)], results[len(batches) :], log
 
 
@@ -44,7 +45,7 @@ def test_both_nodes_are_sparse_as_one_process_is(executor, small_model, batches,
     with ray_cluster(tmp_path) as env:
         if SECOND:
             env["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = str(executor - 1)
-        exact, sparse, log = on_two_nodes(env, batches, small_model)
+        exact, sparse, log = on_two_nodes(env, batches, small_model, tmp_path)
     assert f"ip={OTHER}" in log
     with engine(**small_model) as generate:
         for result, batch in zip(exact, batches, strict=True):
@@ -76,6 +77,6 @@ def test_a_node_without_the_package_or_with_another_is_an_error_that_names_it(fa
         (other / "__init__.py").write_text("raise ModuleNotFoundError('it is not installed')\n")
         said = "has no vllm_flashprefill (it is not installed)"
     with ray_cluster(tmp_path, other_path=[other.parent]) as env, pytest.raises(Failed) as failed:
-        on_two_nodes(env, batches, small_model)
+        on_two_nodes(env, batches, small_model, tmp_path)
     (line,) = {line.partition("RuntimeError: FlashPrefill is")[2] for line in str(failed.value).splitlines()} - {""}
     assert f"({OTHER}) {said}" in line and line.endswith(": rank 1"), line

@@ -39,11 +39,10 @@ def served(model, env, *arguments, log_file):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    vllm = os.path.join(os.path.dirname(sys.executable), "vllm")
     server = Server(f"http://127.0.0.1:{port}", model)
     with open(log_file, "w") as log:
         process = subprocess.Popen(
-            [sys.executable, vllm, "serve", model, "--port", str(port), *arguments],
+            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port), *arguments],
             env=env, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
