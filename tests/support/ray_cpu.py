@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from tests.support.engines import environment
 HEAD, OTHER = "127.0.0.2", "127.0.0.3"
 
 
-def node_environment(folder, ip, path=()):
+def node_environment(folder, ray_folder, ip, path=()):
     """Of a node's processes, which begin with nothing of FlashPrefill's but the installed package.
 
-    path: folders before the checkout, where Python looks for modules first.
+    Args:
+        folder: for the plugin.
+        ray_folder: for what Ray keeps in /tmp otherwise; a short name, since sockets are in it.
+        path: folders before the checkout, where Python looks for modules first.
     """
     plugin = folder / "plugin" / "ray_cpu-1.dist-info"
     plugin.mkdir(parents=True, exist_ok=True)
@@ -36,6 +40,7 @@ def node_environment(folder, ip, path=()):
         GLOO_SOCKET_IFNAME="lo",
         OMP_NUM_THREADS="1",
         VLLM_CPU_OMP_THREADS_BIND="nobind",
+        RAY_TMPDIR=ray_folder,
         RAY_AUTH_MODE="disabled",
         RAY_USAGE_STATS_ENABLED="0",
     )
@@ -50,16 +55,19 @@ def ray_cluster(folder, other_path=()):
         port = probe.getsockname()[1]
     address = f"{HEAD}:{port}"
     with contextlib.ExitStack() as stack:
+        ray_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
         for ip, path in ((HEAD, ()), (OTHER, other_path)):
             where = ["--head", "--port", str(port)] if ip == HEAD else ["--address", address]
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where, "--node-ip-address", ip]
             command += ["--num-cpus", "1", "--num-gpus", "1", "--object-store-memory", "100000000"]
             command += ["--include-dashboard=false"] if ip == HEAD else []
-            log = stack.enter_context(open(Path(folder, f"ray-{ip}.log"), "w"))
-            node = subprocess.Popen(command, env=node_environment(folder, ip, path), stdout=log, stderr=log, cwd=folder)
+            log = Path(folder, f"ray-{ip}.log")
+            env = node_environment(folder, ray_folder, ip, path)
+            with open(log, "w") as file:
+                node = subprocess.Popen(command, env=env, stdout=file, stderr=file, cwd=folder)
             stack.callback(_stop, node)
-        _wait_for_nodes(address, node_environment(folder, HEAD), 2)
-        yield {**node_environment(folder, HEAD), "RAY_ADDRESS": address}
+            _wait_for_node(node, log)
+        yield {**node_environment(folder, ray_folder, HEAD), "RAY_ADDRESS": address}
 
 
 def _stop(node):
@@ -70,12 +78,9 @@ def _stop(node):
         node.kill()
 
 
-def _wait_for_nodes(address, env, count, seconds=120):
-    ask = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
+def _wait_for_node(node, log, seconds=180):
+    """Until it says that it has joined the cluster."""
     deadline = time.monotonic() + seconds
-    while True:
-        asked = subprocess.run([sys.executable, "-c", ask, address], env=env, capture_output=True, text=True)
-        if asked.returncode == 0 and asked.stdout.split()[-1:] == [str(count)]:
-            return
-        assert time.monotonic() < deadline, asked.stdout + asked.stderr
-        time.sleep(1)
+    while "This command will now block forever" not in log.read_text():
+        assert node.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
