@@ -1,4 +1,4 @@
-"""What vLLM's sleep takes: all that is allocated while layers, caches and builders are made; level 2 keeps none of it."""
+"""What vLLM's sleep takes is what is allocated while layers, caches and builders are made; level 2 keeps none of it."""
 
 import torch
 
