@@ -173,6 +173,8 @@ _INTEGER_OPTIONS = {
 }
 DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/scores.md)"}
 OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
+# All environment variables that mean something here.
+VARIABLES = (ENV_ENABLE, *sorted(_ENV_RESERVED), *(ENV_PREFIX + name.upper() for name in OPTIONS))
 
 
 def enabled(environ: Mapping[str, str] = os.environ) -> bool:

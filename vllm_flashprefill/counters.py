@@ -84,6 +84,7 @@ class StatsRecorder:
 
     Attributes:
         is_shared: whether other processes can read them.
+        file: (name, inode) of the file that they are in; None where they are not shared.
     """
 
     def __init__(self) -> None:
@@ -91,9 +92,12 @@ class StatsRecorder:
         directory = os.environ.get(ENV_STATS_DIR)
         self._counters: np.ndarray | None = None
         trouble: str | Exception | None = None
+        self.file: tuple[str, int] | None = None
         if directory:
+            path = Path(directory) / f"{os.getpid()}.f64"
             try:
-                self._counters = _mapped_counters(Path(directory) / f"{os.getpid()}.f64")
+                self._counters = _mapped_counters(path)
+                self.file = path.name, path.stat().st_ino
             except (OSError, ValueError) as error:
                 trouble = error
         elif multiprocessing.parent_process() is not None:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.support import MODEL, ROOT
-from tests.support.engines import ENVIRONMENT, LAYERS
+from tests.support.engines import ENVIRONMENT, LAYERS, SMALL_LAYERS
 
 os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
 for name in [name for name in os.environ if name.startswith("FLASHPREFILL")]:
@@ -54,6 +54,30 @@ def few_layers(model, tmp_path_factory):
         kept = [name for name, layer in layers.items() if layer is None or int(layer[1]) < LAYERS]
         save_file({name: weights.get_tensor(name) for name in kept}, folder / "model.safetensors", {"format": "pt"})
     return {"model": str(folder), "tokenizer": str(MODEL)}
+
+
+@pytest.fixture(scope="session")
+def small_model(model, tmp_path_factory):
+    """Llama's shape with 4 query and 2 KV heads, and random weights with which attention is peaked and matters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small_model")
+    config = LlamaConfig(
+        vocab_size=json.loads((MODEL / "config.json").read_text())["vocab_size"],
+        hidden_size=256, intermediate_size=512, num_hidden_layers=SMALL_LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    small = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in small.named_parameters():
+            if "self_attn" in name:
+                weight *= 4
+            elif "embed_tokens" in name or "lm_head" in name:
+                weight *= 10
+    small.save_pretrained(folder)
+    return {"model": str(folder), "tokenizer": str(MODEL), "max_model_len": 4096}
 
 
 @pytest.fixture(scope="session")

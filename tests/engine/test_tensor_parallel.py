@@ -1,43 +1,15 @@
 """Two ranks of tensor parallelism, each with half of the heads, answer and select as one rank does."""
 
-import json
-
 import pytest
 
-from tests.support import MODEL
-from tests.support.engines import BARE, assert_same, engine, run_engine, vllm_version
+from tests.support.engines import BARE, SMALL_LAYERS, assert_same, engine, run_engine, vllm_version
 
 if vllm_version() != "0.12.0":
     pytest.skip("one version's workers are enough, and 0.12.0's is the quickest", allow_module_level=True)
 
 RANKS = 2
-LAYERS = 2
 # Random weights make all blocks score alike.
 SPARSE = {"alpha": 1.0, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
-    """Llama's shape with 4 query and 2 KV heads, and random weights with which attention is peaked and matters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=json.loads((MODEL / "config.json").read_text())["vocab_size"],
-        hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "self_attn" in name:
-                weight *= 4
-            elif "embed_tokens" in name or "lm_head" in name:
-                weight *= 10
-    model.save_pretrained(folder)
-    return {"model": str(folder), "tokenizer": str(MODEL), "max_model_len": 4096}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +45,7 @@ def test_alpha_0_on_two_ranks_gives_the_default_backends_tokens(small_model, bat
     for (answers, stats), other in zip(results, expected, strict=True):
         assert_same(answers, other)
         assert stats["kept_blocks"] == stats["visible_blocks"] > 0
-    assert results[0][1]["sparse_tokens"] == RANKS * LAYERS * 1500
+    assert results[0][1]["sparse_tokens"] == RANKS * SMALL_LAYERS * 1500
 
 
 def test_two_ranks_keep_the_blocks_that_one_keeps(small_model, batches, on_two_ranks):

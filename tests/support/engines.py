@@ -13,7 +13,8 @@ from tests.support import MODEL, ROOT
 from tests.support.engine_job import answer
 from tests.support.jobs import run_job
 
-LAYERS = 6
+# Of the fixtures `few_layers` and `small_model`.
+LAYERS, SMALL_LAYERS = 6, 2
 
 # As little as possible is always kept, so that prompts of a few blocks have something to prune.
 BARE = {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0, "min_sparse_tokens": 0}

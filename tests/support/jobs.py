@@ -13,11 +13,11 @@ class Failed(Exception):
     """A process failed; the message is what it wrote."""
 
 
-def run_job(module, job, env, timeout=600):
+def run_job(module, job, env, timeout=600, cwd=ROOT):
     """Run a module of tests.support; returns (its result, everything the processes wrote)."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.support.{module}"],
-        cwd=ROOT, env=env, input=json.dumps(job), capture_output=True, text=True, timeout=timeout,
+        cwd=cwd, env=env, input=json.dumps(job), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     log = done.stdout + done.stderr
     if done.returncode != 0:

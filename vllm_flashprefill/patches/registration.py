@@ -22,7 +22,7 @@ from vllm_flashprefill.config import (
     log_interval,
     strict,
 )
-from vllm_flashprefill.patches import engine_checks, undo
+from vllm_flashprefill.patches import engine_checks, undo, workers
 from vllm_flashprefill.patches.versions import (
     TESTED,
     UnsupportedVllmError,
@@ -110,6 +110,8 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
         # The processes of an engine are started after its config is made, perhaps by another process.
         engine_checks.on_engine_config(lambda _: counters.share_stats())
         engine_checks.on_engine_start(counters.share_stats)
+        workers.send_variables()
+        workers.check_workers()
     except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A module, a name, a member of its enum or an argument is not there.
         undo.run()
@@ -126,6 +128,11 @@ def load(loader_name: str, apply: Callable[[], None]) -> None:
     undo.on_revert(lambda: _forget_loader(name))
     _registered = name
     logger.info("FlashPrefill is registered for vLLM %s", installed_vllm())
+
+
+def is_registered() -> bool:
+    """Whether this process is registered."""
+    return _registered is not None
 
 
 def revert() -> None:
