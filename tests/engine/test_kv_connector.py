@@ -18,7 +18,6 @@ REST = TOKENS % 128
 @contextlib.contextmanager
 def connected(role, folder, options, model):
     from vllm.config import KVTransferConfig
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     transfer = KVTransferConfig(
         kv_connector="PageConnector",
@@ -26,12 +25,8 @@ def connected(role, folder, options, model):
         kv_role=role,
         kv_connector_extra_config={"shared_storage_path": str(folder)},
     )
-    try:
-        with engine(options, kv_transfer_config=transfer, block_size=128, **model) as generate:
-            yield generate
-    finally:
-        # Each engine of a process would go on with the first one's.
-        ensure_kv_transfer_shutdown()
+    with engine(options, kv_transfer_config=transfer, block_size=128, **model) as generate:
+        yield generate
 
 
 @pytest.mark.parametrize("options", [EXACT, SPARSE], ids=["alpha 0", "sparse"])

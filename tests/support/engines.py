@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import re
+import sys
 
 import pytest
 
@@ -80,8 +81,13 @@ def engine(options=None, **changes):
 def free_engine():
     """Free what an engine that nothing names any more holds.
 
-    vLLM 0.12.0 freezes it out of the garbage collector's sight, and a cache of its keeps the model's methods.
+    vLLM 0.12.0 freezes it out of the garbage collector's sight, and a cache of its keeps the model's methods. The next
+    engine of the process would go on with its KV connector.
     """
+    # 0.10.0 has no such function.
+    shutdown = getattr(sys.modules.get("vllm.distributed.kv_transfer"), "ensure_kv_transfer_shutdown", None)
+    if shutdown is not None:
+        shutdown()
     gc.unfreeze()
     for cached in gc.get_objects():
         if type(cached) is functools._lru_cache_wrapper and cached.__name__ == "supports_kw":

@@ -75,7 +75,7 @@ def test_an_fp8_cache_is_said(configure, monkeypatch):
     # vLLM's CPU engines have none, and leave it out.
     monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(lambda cls, config: None))
     (warning,) = configure(kv_cache_dtype="fp8")
-    assert "the KV cache is fp8; ask for --kv-cache-dtype bfloat16" in warning
+    assert "the KV cache is fp8, which is sparse on Hopper GPUs; ask for --kv-cache-dtype bfloat16" in warning
 
 
 @pytest.mark.parametrize("key", ["flash_prefill", "flashPrefill"])
