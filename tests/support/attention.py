@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 
+from tests.support.e4m3 import to_e4m3
 from vllm_flashprefill.key_values import codes
 
 
@@ -40,7 +41,7 @@ def _write_cache(key, value, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_s
     for x, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
         x = x[: len(slot_mapping)][written]
         if kv_cache_dtype in ("fp8", "fp8_e4m3"):
-            x = (x.float() / scale.view(-1, 1)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+            x = to_e4m3(x, scale).view(torch.uint8)
         cache[slots // page_size, slots % page_size] = x
 
 
@@ -69,7 +70,7 @@ def flash_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softm
 
 
 def _quantise(x, scale):
-    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    return to_e4m3(x, scale), scale
 
 
 @contextlib.contextmanager

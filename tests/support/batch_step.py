@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from tests.support.attention import exact_attention
+from tests.support.e4m3 import to_e4m3
 from tests.support.vllm_side import common_fields, common_metadata, common_values
 from vllm_flashprefill.backend import builder as builder_module
 from vllm_flashprefill.backend.layer_routing import has_quantised_query
@@ -141,7 +142,7 @@ class Step:
         if not self.pair.shape.quantised:
             return x
         scale = scale.repeat_interleave(heads_of_one) if scale.numel() > 1 else scale
-        return (x.float() / scale.view(-1, 1)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        return to_e4m3(x, scale).view(torch.uint8)
 
     def common(self, rows=None):
         """What the model runner tells builders of the batch, or of some of its requests as a batch of their own."""

@@ -106,9 +106,8 @@ class FlashPrefillImplMixin:
             shape = tuple(kv_cache.shape)
             logger.error("FlashPrefill: a layer stays dense, since its cache is %s: %s", shape, error)
             return DenseReason.SELF_CHECK
-        if reason is None and (has_e4m3_cache(self) != is_e4m3(k_cache)):
-            return DenseReason.DTYPE
-        if reason is None and k_cache.dtype != query.dtype and not is_e4m3(k_cache):
+        is_right = is_e4m3(k_cache) if has_e4m3_cache(self) else k_cache.dtype == query.dtype
+        if reason is None and not is_right:
             return DenseReason.DTYPE
         if reason is None and k_cache.shape[2:] != (self.num_kv_heads, self.head_size):
             return DenseReason.KV_CACHE_LAYOUT

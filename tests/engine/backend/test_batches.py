@@ -7,6 +7,7 @@ import torch
 
 from tests.support.attention import flash_attention, plain_kernels
 from tests.support.batch_checks import Pair, check, run_batches
+from tests.support.e4m3 import take_e4m3_caches
 from tests.support.engines import vllm_version
 from tests.support.random_batch import Batch
 from tests.support.request import Request
@@ -27,8 +28,7 @@ def hopper_kernels(monkeypatch):
     flash_attn = importlib.import_module("vllm.v1.attention.backends.flash_attn")
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", schedule, raising=False)
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 3)
-    monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *_, **__: True, raising=False)
-    monkeypatch.setattr(flash_attn, "flash_attn_supports_fp8", lambda: True, raising=False)
+    take_e4m3_caches(monkeypatch)
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda *_, **__: True, raising=False)
     with plain_kernels(whole_and_causal):
         yield

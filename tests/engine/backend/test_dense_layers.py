@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.support.e4m3 import take_e4m3_caches
 from tests.support.flash_attn_step import (
     DTYPE,
     EXACT,
@@ -92,9 +93,7 @@ def test_nothing_is_planned_for_a_group_of_dense_layers(calls, monkeypatch):
 
 @pytest.mark.parametrize("name", ["_q_scale", "_k_scale", "_v_scale"])
 def test_an_e4m3_cache_with_other_scales_is_dense(calls, monkeypatch, caplog, name):
-    monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_fp8", lambda: True, raising=False)
-    supports = "vllm.v1.attention.backends.flash_attn.flash_attn_supports_kv_cache_dtype"
-    monkeypatch.setattr(supports, lambda *_, **__: True, raising=False)
+    take_e4m3_caches(monkeypatch)
     cache = new_cache(4, 16)[0].to(torch.uint8)
     classes = Classes(EXACT, kv_cache_dtype="fp8")
     assert classes.dense_reason(cache) is None

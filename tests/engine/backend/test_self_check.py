@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from tests.support.e4m3 import take_e4m3_caches
 from tests.support.flash_attn_step import DTYPE, EXACT, SPARSE, Classes
 from tests.support.vllm_side import LAYER, counted
 from vllm_flashprefill import counters
@@ -77,9 +78,7 @@ def test_a_scale_that_is_left_out_is_seen(calls, check, monkeypatch):
 
 def e4m3(monkeypatch, scale):
     """vLLM's layers have an e4m3 cache of this scale, and hand on what they do of the query."""
-    flash_attn = "vllm.v1.attention.backends.flash_attn"
-    monkeypatch.setattr(f"{flash_attn}.flash_attn_supports_fp8", lambda: True, raising=False)
-    monkeypatch.setattr(f"{flash_attn}.flash_attn_supports_kv_cache_dtype", lambda *_, **__: True, raising=False)
+    take_e4m3_caches(monkeypatch)
     made = Classes.__init__
 
     def with_scales(self, *args, **changes):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.support.e4m3 import take_e4m3_caches
 from tests.support.flash_attn_step import DTYPE, EXACT, HEAD_SIZE, HEADS, KV_HEADS, SPARSE, Classes, Step
 from tests.support.request import Request
 from tests.support.vllm_side import LAYER, MAX_TOKENS, counted
@@ -44,9 +45,7 @@ def test_kernels_are_compiled_once_for_each_kind_of_layer(calls, monkeypatch):
         return paged(q, kv, *args, **kwargs)
 
     monkeypatch.setattr(warmup, "flash_prefill_paged", record)
-    monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_fp8", lambda: True, raising=False)
-    name = "flash_attn_supports_kv_cache_dtype"
-    monkeypatch.setattr(f"vllm.v1.attention.backends.flash_attn.{name}", lambda *_, **__: True, raising=False)
+    take_e4m3_caches(monkeypatch)
     classes = Classes(EXACT, 32)
     impls = [classes.impl, Classes(EXACT).impl, Classes(EXACT, sliding_window=64).impl]
     quantised = Classes(EXACT, 32, kv_cache_dtype="fp8").impl
