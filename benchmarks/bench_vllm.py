@@ -9,9 +9,10 @@ alpha 0, or no speedup is given.
     python -m benchmarks.bench_vllm                                   TTFT, decoding and throughput, about 8 minutes
     python -m benchmarks.bench_vllm --layers 4 --tokens 8192 32768    a short run
     python -m benchmarks.bench_vllm --tensor-parallel 2 --no-decode --no-mixed
+    python -m benchmarks.bench_vllm --append                          TTFT of new tokens after a cached prefix, no more
 
-TTFT is the time of a request for one token, in process, without prefix caching; its bound is the time with attention
-left out altogether.
+TTFT is the time of a request for one token, in process, without prefix caching unless `--append` asks for it; its bound
+is the time with attention left out altogether.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import statistics
@@ -47,6 +49,7 @@ CONFIG = dict(
     torch_dtype="bfloat16",
 )
 TOKENS = [1, 16, 128, 512, 1024, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 122880]
+APPEND_TOKENS, CACHED = [256, 1024, 2048, 4096, 8192], [32768, 65536, 118784]
 # Beyond these, in tokens: bounds, and prompts in chunks.
 LONG = 32768
 CHECK_TOKENS, CHECK_CHUNK = (700, 5000, 20_000), 1024
@@ -81,7 +84,7 @@ class Engine:
             pipeline_parallel_size=args.pipeline_parallel,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_model_len,
-            enable_prefix_caching=False,
+            enable_prefix_caching=args.append,
             gpu_memory_utilization=0.85,
             disable_log_stats=True,
         )
@@ -108,6 +111,7 @@ class Engine:
 
     def first_logprobs(self) -> list[dict[str, float]]:
         """The likeliest first tokens of each prompt of the check, as JSON keeps them."""
+        self.llm.reset_prefix_cache()
         outputs = self.generate([self.prompt(tokens) for tokens in CHECK_TOKENS], 1, logprobs=20)
         return [{str(t): lp.logprob for t, lp in output.outputs[0].logprobs[0].items()} for output in outputs]
 
@@ -125,6 +129,21 @@ class Engine:
         times = [self.seconds(prompt, 1) for _ in range(2)]
         times += [self.seconds(prompt, 1) for _ in range(max(1, min(48, int(1.5 / min(times)))))]
         return 1000 * statistics.median(times)
+
+    def append_ms(self, tokens: int, cached: int) -> float:
+        """TTFT of so many new tokens after so many cached ones."""
+        prefix = self.prompt(cached)
+        self.generate([prefix], 1)
+        times: list[float] = []
+        while len(times) < 4 or (sum(times) < 1.5 and len(times) < 48):
+            prompt = [prefix + self.prompt(tokens, seed=1 + len(times))]
+            started = time.perf_counter()
+            outputs = self.generate(prompt, 1)
+            times.append(time.perf_counter() - started)
+            if outputs[0].num_cached_tokens != cached:
+                sys.exit(f"error: {outputs[0].num_cached_tokens} of the {cached} tokens were in the cache")
+        # The first one compiles what this length is the first to need.
+        return 1000 * statistics.median(times[1:])
 
     def decode_ms(self, requests: int, tokens: int) -> float:
         """Milliseconds a step of `requests` decodes takes, on a context of `tokens` tokens."""
@@ -283,7 +302,8 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         vllm_flashprefill.register(max_density=1.0)
     started = time.perf_counter()
     # The check's prompts fit too: in shorter ones, chunks make no difference to compare with.
-    engine = Engine(model, max(*args.tokens, *CHECK_TOKENS) + 1024, args)
+    longest = max(args.tokens) + max(args.cached if args.append else [0])
+    engine = Engine(model, max(longest, *CHECK_TOKENS) + 1024, args)
     results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
     if sparse:
         results["min_sparse_tokens"] = engine.each(min_sparse_tokens)[0]
@@ -313,6 +333,14 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         part.replace(out)
         print(f"  {backend} {case}: {results[case]['ms']:.3f} ms", flush=True)
 
+    if args.append:
+        appends = list(itertools.product(args.tokens, args.chunk, args.cached))
+        for kind in ("append", "bound") if sparse else ("append",):
+            if kind == "bound":
+                engine.each(leave_attention_out)
+            for tokens, engine.chunk, cached in appends:
+                timed(f"{kind} {tokens} {engine.chunk} {cached}", lambda t=tokens, c=cached: engine.append_ms(t, c))
+        return
     for tokens in args.tokens:
         timed(f"ttft {tokens} 0", lambda tokens=tokens: engine.ttft_ms(tokens))
     if sparse:
@@ -362,7 +390,9 @@ def agree(default: dict[str, Any], flash: dict[str, Any]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--append", action="store_true", help="new tokens after a cached prefix, in place of prompts")
+    parser.add_argument("--tokens", type=int, nargs="+", default=None, help="of prompts, or new ones")
+    parser.add_argument("--cached", type=int, nargs="+", default=CACHED, help="tokens of the prefixes of --append")
     parser.add_argument("--chunk", type=int, nargs="*", default=[8192], help="tokens of a chunk, beside whole prompts")
     parser.add_argument("--model", choices=SHAPES, default="llama-8b", help="whose shapes; the weights are random")
     parser.add_argument("--layers", type=int, default=32)
@@ -375,6 +405,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS / "vllm.csv")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.tokens = args.tokens or (APPEND_TOKENS if args.append else TOKENS)
 
     if args.worker:
         backend, model, out = args.worker.split(",")
@@ -413,9 +444,10 @@ def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Na
     check = "passed" if agree(default, flash) else "failed"
     for case, value in default.items():
         kind, *numbers = case.split()
-        if kind not in ("ttft", "decode", "mixed") or case not in flash:
+        if kind not in ("ttft", "append", "decode", "mixed") or case not in flash:
             continue
-        first, second = (int(n) for n in numbers) if numbers else (default["mixed_tokens"], 8192)
+        first, second, cached = [*map(int, numbers), 0][:3] if numbers else (default["mixed_tokens"], 8192, 0)
+        bound = {"ttft": f"bound {first} 0", "append": f"bound {first} {second} {cached}"}.get(kind)
         ours = flash[case]
         row = dict(
             date=datetime.date.today().isoformat(),
@@ -427,13 +459,14 @@ def write_rows(default: dict[str, Any], flash: dict[str, Any], args: argparse.Na
             case=kind,
             requests=first if kind == "decode" else len(MIXED_PROMPTS) if kind == "mixed" else 1,
             tokens=second if kind == "decode" else first,
+            cached=cached,
             chunk=0 if kind == "decode" else second,
             min_sparse_tokens=flash["min_sparse_tokens"],
             density=ours["density"] and round(ours["density"], 4),
             check=check,
             default_ms=round(value["ms"], 3),
             flash_ms=round(ours["ms"], 3),
-            bound_ms=_rounded(flash.get(f"bound {first} 0") if kind == "ttft" else None),
+            bound_ms=_rounded(flash.get(bound)),
             always_sparse_ms=_rounded(flash.get(f"always {first} {second}") if kind == "ttft" else None),
             speedup=round(value["ms"] / ours["ms"], 3) if check == "passed" else None,
         )
