@@ -1,7 +1,8 @@
 """Compile every kernel for a few GPU generations, without a GPU; print registers, spills and shared memory.
 
-Each kernel is compiled for each head size; page sizes and an e4m3 cache for heads of 128. Fails if one does not
-compile or needs more shared memory than its GPU has, or if a Triton that has Gluon lacks what the Hopper kernel uses.
+Each kernel is compiled for each head size; an e4m3 cache and sinks for heads of 128, and every page size on Hopper.
+Fails if one does not compile or needs more shared memory than its GPU has, or if a Triton that has Gluon lacks what the
+Hopper kernel uses.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from vllm_flashprefill.kernels.descriptors import TensorDescriptor
 # None where this Triton has no Gluon for Hopper.
 hopper = sparse_attention.hopper
 
-ARCHS = {80: "ampere", 90: "hopper", 100: "blackwell"}
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# What configs.gpu_kind says of them, and the bytes of shared memory a block may have.
+ARCHS = {80: "ampere", 86: "small", 89: "small", 90: "hopper", 100: "blackwell", 120: "small"}
+SHARED_MEMORY = {arch: {"ampere": 163, "small": 99}.get(kind, 227) << 10 for arch, kind in ARCHS.items()}
 # By argument name; Q is q's dtype, KV the cache's, T the output's. Any other pointer is to int32.
 POINTERS = {
     "q_ptr": "*Q",
@@ -75,9 +77,9 @@ class Case:
 
 
 def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: list[bool]) -> Iterator[Case]:
-    generation = ARCHS[arch]
+    kind = ARCHS[arch]
     common = dict(
-        HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=generation != "ampere",
+        HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=arch >= 89,
         NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
         PIECES=0, PAGE_SIZE=0, HAS_SINKS=False,
     )  # fmt: skip
@@ -93,12 +95,15 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             "maxnreg": getattr(config, "max_registers", None),
             "BLOCK_PIECES": getattr(config, "block_pieces", None),
             "PIECE_STAGES": getattr(config, "piece_stages", None),
+            "ONE_LOOP": getattr(config, "one_loop", None),
         }  # fmt: skip
 
     for name, values in PIECES.items():
-        select = {**configs.SELECT, **(configs.SELECT_PIECES if values["PIECES"] else {})}[generation, head_size]
+        select = {**configs.SELECT, **(configs.SELECT_PIECES if values["PIECES"] else {})}[kind, head_size]
         whole = ["piece_ptr"] * (not values["PIECES"])
-        kinds = {"": ["q_scale_ptr"], ", uncounted": ["q_scale_ptr", "block_counts_ptr"]}
+        kinds = {"": ["q_scale_ptr"]}
+        if 0 in page_sizes:
+            kinds[", uncounted"] = ["q_scale_ptr", "block_counts_ptr"]
         if True in fp8:
             kinds[", e4m3 queries"] = []
         for counted, absent in kinds.items():
@@ -125,7 +130,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 values = {**paged, **values}
                 yield case(kernel, f"block_mean{pieces} {name}", {"num_warps": 4}, (*absent, *whole), **values)
             for suffix, (kernel, table) in tables.items():
-                config = table.get((generation, head_size))
+                config = table.get((kind, head_size))
                 if config is None or kernel is None or (config.gluon and is_fp8):
                     continue
                 if config.tma and TensorDescriptor is None:
@@ -137,7 +142,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 descriptors = () if config.tma else ("k_desc", "v_desc")
                 sinks = ["sinks_ptr"] * (not config.gluon)
                 kinds = {what: [*scale, *sinks] for what, scale in queries.items()}
-                if page_size and not is_fp8:
+                if page_size and True in fp8 and not is_fp8:
                     kinds[", sinks"] = ["q_scale_ptr"]
                 for what, missing in kinds.items():
                     yield case(
@@ -240,19 +245,18 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--dtype", nargs="+", default=["bf16"])
     parser.add_argument("--head-size", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--page-size", type=int, nargs="+", default=[0, 16, 128], help="for heads of 128")
-    parser.add_argument("--brief", action="store_true", help="sm_90 and sm_100, heads of 128, pages of 128 or none")
+    parser.add_argument("--page-size", type=int, nargs="+", default=[0, 16, 128], help="on sm_90, heads of 128")
+    parser.add_argument("--brief", action="store_true", help="sm_90, heads of 128, pages of 128")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.brief:
-        args.arch, args.head_size, args.page_size = [90, 100], [128], [0, 128]
+        args.arch, args.head_size, args.page_size = [90], [128], [128]
 
     for arch in args.arch:
         for dtype in args.dtype:
             for head_size in args.head_size:
-                all_of_it = head_size == 128
-                page_sizes = args.page_size if all_of_it else [128]
-                CASES.extend(cases(arch, dtype, head_size, page_sizes, [False, True] if all_of_it else [False]))
+                page_sizes = args.page_size if (arch, head_size) == (90, 128) else [128]
+                CASES.extend(cases(arch, dtype, head_size, page_sizes, [False, True] if head_size == 128 else [False]))
     print(f"triton {triton.__version__}, torch {torch.__version__}: {len(CASES)} kernels", flush=True)
     for line in skipped():
         print(f"skipped {line}", flush=True)

@@ -116,7 +116,8 @@ def _select_pair(
     num_mean_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_LIST: tl.constexpr, NUM_SINK_BLOCKS: tl.constexpr, NUM_WINDOW_BLOCKS: tl.constexpr, PIECES: tl.constexpr,
-    BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr, FP8_NATIVE: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr, ONE_LOOP: tl.constexpr,
+    FP8_NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The kept blocks of one (query block, head) pair."""
     offs_dim = tl.arange(0, HEAD_SIZE)
@@ -174,12 +175,14 @@ def _select_pair(
             mean_ptrs = mean_row_ptr + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
             # [BLOCK_N]
             largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
-            # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
-            unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
-            for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
-                score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
-                largest = tl.maximum(largest, score)
-                tl.store(scores_row_ptr + start + offs_n, score)
+            unmasked_end = 0
+            if not ONE_LOOP:
+                # Blocks before the query's own are seen whole by every row: no mask, if no row is outside the chunk.
+                unmasked_end = tl.where(first_row + BLOCK == end_row, query_block // BLOCK_N * BLOCK_N, 0)
+                for start in tl.range(0, unmasked_end, BLOCK_N, num_stages=NUM_STAGES):
+                    score = _log2_sum(tl.dot(tl.load(mean_ptrs + start * HEAD_SIZE), q), scale)
+                    largest = tl.maximum(largest, score)
+                    tl.store(scores_row_ptr + start + offs_n, score)
             # Its own block is scored by the row that sees it whole: its last, or the sequence's last so far.
             own_block_row = end_row - 1
             for start in tl.range(unmasked_end, query_block + 1, BLOCK_N, num_stages=1):
@@ -253,6 +256,7 @@ def _block_select_kernel(
     BLOCK_PIECES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PIECE_STAGES: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
     FP8_NATIVE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -267,7 +271,8 @@ def _block_select_kernel(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
                 block_counts_ptr, q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt,
                 stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST,
-                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, FP8_NATIVE,
+                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP,
+                FP8_NATIVE,
             )  # fmt: skip
             # Every program asks once in vain; the last to ask leaves the counter as it found it.
             asked = tl.atomic_add(next_ptr, 1, sem="relaxed")
@@ -280,7 +285,8 @@ def _block_select_kernel(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
                 block_counts_ptr, q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt,
                 stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST,
-                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, FP8_NATIVE,
+                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP,
+                FP8_NATIVE,
             )  # fmt: skip
 
 
@@ -354,6 +360,7 @@ def block_select(
         BLOCK_PIECES=launch.block_pieces,
         NUM_STAGES=launch.num_stages,
         PIECE_STAGES=launch.piece_stages,
+        ONE_LOOP=launch.one_loop,
         FP8_NATIVE=has_e4m3_instruction(q.device),
         num_warps=launch.num_warps,
         maxnreg=launch.max_registers,

@@ -1,4 +1,4 @@
-"""Tile sizes by GPU generation and head size, by benchmarks/tune_kernels.py; nothing is tuned at run time."""
+"""Tile sizes by kind of GPU and head size, by benchmarks/tune_kernels.py; nothing is tuned at run time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import torch
+import triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class SelectConfig:
         num_stages: tiles on their way at once.
         block_pieces: mean keys of pieces per tile; at least 32, the most pieces a block has.
         piece_stages: tiles of them on their way at once.
+        one_loop: without pieces, mask every tile. Two loops keep the queries in shared memory twice.
     """
 
     block_n: int
@@ -46,10 +48,11 @@ class SelectConfig:
     max_registers: int | None = None
     block_pieces: int = 64
     piece_stages: int = 1
+    one_loop: bool = False
 
 
-# (generation, head size): Ampere and its like (sm_80 to sm_89), Hopper (sm_90), Blackwell (sm_100 and newer).
-# Only Hopper's rows are measured so far (docs/performance.md); the others are chosen to fit.
+# (kind, head size), the kind as of `gpu_kind`. Only Hopper's rows are measured so far (docs/performance.md); the others
+# are chosen to fit the shared memory and to spill little.
 ATTENTION = {
     ("ampere", 64): AttentionConfig(64, 4, 3, by_head=True),
     ("ampere", 128): AttentionConfig(64, 8, 2, by_head=True),
@@ -60,6 +63,9 @@ ATTENTION = {
     ("blackwell", 64): AttentionConfig(128, 8, 3, by_head=True),
     ("blackwell", 128): AttentionConfig(128, 8, 2, by_head=True),
     ("blackwell", 256): AttentionConfig(64, 8, 2, by_head=True),
+    ("small", 64): AttentionConfig(64, 4, 3, by_head=True),
+    ("small", 128): AttentionConfig(64, 8, 2, by_head=True),
+    ("small", 256): AttentionConfig(16, 8, 2, by_head=True),
 }
 # Where Triton has Gluon for Hopper, and strides and page size allow descriptors of whole blocks.
 ATTENTION_GLUON = {
@@ -85,6 +91,9 @@ SELECT = {
     ("blackwell", 64): SelectConfig(128, 4, 3, 2),
     ("blackwell", 128): SelectConfig(64, 4, 3, 2),
     ("blackwell", 256): SelectConfig(64, 8, 2, 1),
+    ("small", 64): SelectConfig(64, 4, 3, 2),
+    ("small", 128): SelectConfig(64, 4, 2, 1),
+    ("small", 256): SelectConfig(32, 8, 1, 1, one_loop=True),
 }
 
 # With pieces, where other than without.
@@ -94,11 +103,25 @@ SELECT_PIECES = {
 }
 
 
+# Bytes of shared memory a block may have on sm_86, sm_89 and sm_120; sm_80 has 163 KiB, sm_90 and sm_100 have 227.
+SMALL_SHARED_MEMORY = 99 << 10
+
+
 @functools.cache
-def generation(device: torch.device) -> str:
-    """The GPU generation of a device; a CPU, where Triton interprets, counts as Ampere: it has no descriptors."""
+def gpu_kind(device: torch.device) -> str:
+    """Which rows of the tables a device takes.
+
+    Returns:
+        "small" for GPUs with 99 KiB of shared memory or less (A10, L4, L40S and GeForce cards, of whatever generation),
+        otherwise the generation: "ampere", "hopper" or "blackwell", which newer ones count as. A CPU, where Triton
+        interprets, is "ampere": it has no descriptors.
+    """
     if device.type != "cuda":
         return "ampere"
+    # What Triton itself compares a kernel's need with.
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    if properties["max_shared_mem"] <= SMALL_SHARED_MEMORY:
+        return "small"
     major, _ = torch.cuda.get_device_capability(device)
     return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
 
@@ -110,12 +133,12 @@ def num_multiprocessors(device: torch.device) -> int:
 
 def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionConfig, ...]:
     """What to launch stage 4 with, best first; the last one takes any strides and page size."""
-    key = generation(device), head_size
+    key = gpu_kind(device), head_size
     return tuple(table[key] for table in (ATTENTION_GLUON, ATTENTION_TMA, ATTENTION) if key in table)
 
 
 def select_config(device: torch.device, head_size: int, with_pieces: bool) -> SelectConfig:
-    key = generation(device), head_size
+    key = gpu_kind(device), head_size
     return SELECT_PIECES.get(key, SELECT[key]) if with_pieces else SELECT[key]
 
 

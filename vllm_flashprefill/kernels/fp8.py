@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
-
-from vllm_flashprefill.kernels.configs import generation
 
 
 @triton.jit
@@ -31,8 +31,9 @@ def load_scale(scale_ptr, kv_head, stride_scale):
         return tl.load(scale_ptr + kv_head * stride_scale)
 
 
+@functools.cache
 def has_e4m3_instruction(device: torch.device) -> bool:
-    return generation(device) != "ampere"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def scale_stride(scale: torch.Tensor | None) -> int:

@@ -112,6 +112,19 @@ def test_pieces_of_other_sizes_interpreted():
 
 @needs_triton
 @pytest.mark.parametrize("piece_size", [0, 8])
+def test_wide_heads_where_shared_memory_is_small_interpreted(piece_size):
+    run_interpreted(
+        IMPORTS + "from vllm_flashprefill.kernels import configs\n"
+        "configs.gpu_kind = lambda device: 'small'\n"
+        f"config = sparse_config(alpha=0.3, piece_size={piece_size})\n"
+        "requests = [Request(300, 420), Request(1)]\n"
+        "batch = make_batch(requests, config=config, page_size=16, heads=2, kv_heads=1, dim=256)\n"
+        "check_all(batch, config, 0.0625)"
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("piece_size", [0, 8])
 def test_queries_that_are_not_numbers_interpreted(piece_size):
     run_interpreted(
         "from tests.support.kernel_cases import check_nan_queries, make_batch, sparse_config\n"

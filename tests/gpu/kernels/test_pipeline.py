@@ -91,6 +91,21 @@ def test_e4m3_without_the_instruction(monkeypatch):
         check_all(batch, config, SCALE)
 
 
+@pytest.mark.parametrize("piece_size", [0, 8])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_tiles_of_gpus_with_little_shared_memory(dim, piece_size, monkeypatch):
+    from vllm_flashprefill.kernels import configs
+
+    monkeypatch.setattr(configs, "gpu_kind", lambda device: "small")
+    config = sparse_config(piece_size=piece_size)
+    for page_size in (0, 16):
+        batch = make_batch(
+            [Request(2000, 300), Request(129, 640)], page_size=page_size, heads=8, dim=dim, dtype=torch.bfloat16,
+            device="cuda", config=config,
+        )  # fmt: skip
+        check_all(batch, config, SCALE)
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1), (28, 4), (8, 1)])
 def test_grouped_heads(heads, kv_heads):
     config = sparse_config()
