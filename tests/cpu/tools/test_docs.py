@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from tests.support.model_kinds import KINDS
 from tools import docs, plot, rows
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason
@@ -149,3 +150,8 @@ def test_every_path_that_is_named_is_there():
             paths.append(f"{path}/__main__.py" if (docs.ROOT / path).is_dir() else f"{path}.py")
         missing += [f"{name}: {path}" for path in paths if not (docs.ROOT / path).exists() and "NAME" not in path]
     assert not missing
+
+
+def test_the_kinds_of_models_that_a_page_names_are_tested():
+    named = re.findall(r"`(\w+)` in `tests/gpu/test_models.py`", (docs.ROOT / "docs/operating.md").read_text())
+    assert len(named) > 5 and set(named) <= KINDS.keys()
