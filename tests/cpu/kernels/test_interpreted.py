@@ -18,6 +18,10 @@ from tests.support.kernel_cases import check_all, make_batch, sparse_config
 from tests.support.request import Request
 """
 
+QUERIES_IN_E4M3 = (
+    "page_size=16, requests=[Request(300, 340, 128), Request(129)], kv_dtype=torch.uint8, kv_scales={scales!r}, "
+    "q_e4m3=True"
+)
 # One process runs a group, since each one imports torch: (alpha, arguments of `make_batch`).
 GROUPS = {
     "paged": {
@@ -36,10 +40,6 @@ GROUPS = {
         "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
         "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
         "one_kv_head": (0.3, "requests=[Request(800), Request(520)], heads=3, kv_heads=1, dim=128"),
-        "e4m3": (
-            0.3, "page_size=128, requests=[Request(500, 240, 128), Request(129)], kv_dtype=torch.uint8, "
-            "kv_scales='head'"
-        ),
         "alpha_0": (0.0, "page_size=16, requests=[Request(700, 57)]"),
     },
     "e4m3": {
@@ -52,6 +52,14 @@ GROUPS = {
             0.3, "page_size=48, requests=[Request(500, 40, 128)], kv_dtype=torch.float8_e4m3fn, kv_scales='one'"
         ),
         "no_scale": (0.3, "page_size=256, requests=[Request(450)], kv_dtype=torch.uint8, dim=128"),
+        **{f"queries, {scales}": (0.3, QUERIES_IN_E4M3.format(scales=scales)) for scales in ("none", "head")},
+    },
+    "e4m3, pieces": {
+        "chunks": (
+            0.3, "page_size=128, requests=[Request(500, 240, 128), Request(129)], kv_dtype=torch.uint8, "
+            "kv_scales='head'"
+        ),
+        **{f"queries, {scales}": (0.3, QUERIES_IN_E4M3.format(scales=scales)) for scales in ("none", "head")},
     },
 }  # fmt: skip
 
@@ -64,7 +72,7 @@ def run_interpreted(code):
 
 
 def check_group(group):
-    options = ", piece_size=8, candidate_alpha=0.05" if group == "pieces" else ""
+    options = ", piece_size=8, candidate_alpha=0.05" if "pieces" in group else ""
     cases = "\n".join(
         f"print({name!r}, flush=True)\n"
         f"config = sparse_config(alpha={alpha}{options})\n"
@@ -85,18 +93,6 @@ def groups():
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_stages_interpreted(groups, group):
     groups[group].result()
-
-
-@needs_triton
-@pytest.mark.parametrize("piece_size", [0, 8])
-@pytest.mark.parametrize("scales", ["none", "head"])
-def test_queries_in_e4m3_interpreted(scales, piece_size):
-    run_interpreted(
-        IMPORTS + f"config = sparse_config(alpha=0.3, piece_size={piece_size})\n"
-        f"batch = make_batch(config=config, page_size=16, requests=[Request(300, 340, 128), Request(129)],\n"
-        f"                   kv_dtype=torch.uint8, kv_scales={scales!r}, q_e4m3=True)\n"
-        "check_all(batch, config, 0.125)"
-    )
 
 
 @needs_triton
