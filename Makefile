@@ -26,13 +26,9 @@ demo: env model ## generate with the sparse prefill on vLLM 0.12.0's CPU engine
 
 test: ## run all tests on the CPU engines of vLLM 0.12.0, 0.32.0 and 0.10.0; compile the kernels
 	@status=0; \
-	$(MAKE) --no-print-directory test-0.12 || status=1; \
-	$(MAKE) --no-print-directory compile || status=1; \
-	$(DISCARD) $(VENV) .triton; \
-	$(MAKE) --no-print-directory test-0.32 || status=1; \
-	$(DISCARD) $(VENV_0_32); \
-	$(MAKE) --no-print-directory test-0.10 || status=1; \
-	$(DISCARD) $(VENV_0_10); \
+	for part in test-0.12 compile discard-0.12 test-0.32 discard-0.32 test-0.10 discard-0.10; do \
+		$(MAKE) --no-print-directory $$part || status=1; \
+	done; \
 	exit $$status
 
 test-0.12: env model
@@ -43,6 +39,15 @@ test-0.32: env-0.32 model
 
 test-0.10: env-0.10 model
 	$(VENV_0_10)/bin/python -m pytest -rs tests/engine
+
+discard-0.12:
+	@$(DISCARD) $(VENV) .triton
+
+discard-0.32:
+	@$(DISCARD) $(VENV_0_32)
+
+discard-0.10:
+	@$(DISCARD) $(VENV_0_10)
 
 compile: env ## compile the kernels for six kinds of GPUs under five versions of Triton; needs no GPU
 	@$(COMPILE)
@@ -80,5 +85,5 @@ $(MODEL)/config.json:
 	@$(MAKE) --no-print-directory env
 	@$(VENV)/bin/python scripts/fetch_model.py
 
-.PHONY: help demo test test-0.12 test-0.32 test-0.10 compile lint docs clean env env-0.10 env-0.32 model
+.PHONY: help demo test test-0.12 test-0.32 test-0.10 discard-0.12 discard-0.32 discard-0.10 compile lint docs clean env env-0.10 env-0.32 model
 .DEFAULT_GOAL := help

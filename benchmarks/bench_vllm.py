@@ -91,6 +91,7 @@ class Engine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
         self.max_model_len = self.chunk = max_model_len
+        self.seeds = itertools.count(1)
         self.each(randomise)
 
     def each(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -116,7 +117,7 @@ class Engine:
         return [{str(t): lp.logprob for t, lp in output.outputs[0].logprobs[0].items()} for output in outputs]
 
     def prompt(self, tokens: int, seed: int = 0) -> list[int]:
-        return np.random.default_rng(tokens + seed).integers(2, self.vocab_size, tokens).tolist()
+        return np.random.default_rng((tokens, seed)).integers(2, self.vocab_size, tokens).tolist()
 
     def seconds(self, prompts: list[list[int]], max_tokens: int) -> float:
         started = time.perf_counter()
@@ -134,9 +135,10 @@ class Engine:
         """TTFT of so many new tokens after so many cached ones."""
         prefix = self.prompt(cached)
         self.generate([prefix], 1)
+        # Whatever was asked for before, the new tokens must be new.
         times: list[float] = []
         while len(times) < 4 or (sum(times) < 1.5 and len(times) < 48):
-            prompt = [prefix + self.prompt(tokens, seed=1 + len(times))]
+            prompt = [prefix + self.prompt(tokens, seed=next(self.seeds))]
             started = time.perf_counter()
             outputs = self.generate(prompt, 1)
             times.append(time.perf_counter() - started)

@@ -22,6 +22,10 @@ case $version in 0.28.0 | 0.32.0) oldest=3.11 ;; *) oldest=3.10 ;; esac
 requirements=requirements/cpu-$version.txt
 [ -f "$requirements" ] || fail "no CPU engine for vLLM $version: there is no $requirements"
 
+# One at a time: a second one that make starts beside this finds all in place.
+exec 9<"$requirements"
+flock 9
+
 # A stamp holds the hash of what its step was made from.
 engine_hash=$( (echo "$version $PWD"; cat "$requirements" requirements/test.txt \
     scripts/setup_cpu_env.sh scripts/fix_glibcxx.py) | sha256sum)

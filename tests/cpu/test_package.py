@@ -51,3 +51,10 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path):
 def test_importing_the_package_loads_neither_torch_nor_vllm():
     out = run("import sys, vllm_flashprefill; print([m for m in ('torch', 'vllm', 'triton') if m in sys.modules])")
     assert out.strip() == "[]"
+
+
+def test_what_needs_no_gpu_needs_no_triton():
+    run(
+        "import sys; sys.modules['triton'] = None; import vllm_flashprefill.api, vllm_flashprefill.kernels.workspace",
+        cwd=ROOT,
+    )

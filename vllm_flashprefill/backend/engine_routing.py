@@ -31,7 +31,7 @@ def engine_dense_reason(
         or _backend_reason(backend, capability)
         or _cache_reason(getattr(vllm_config, "cache_config", None), capability)
         or _parallel_reason(getattr(vllm_config, "parallel_config", None))
-        or (_gpu_reason(model) if capability is not None else None)
+        or (_gpu_reason(model, capability) if capability is not None else None)
         or _layers_reason(model, getattr(vllm_config, "cache_config", None), config)
         or _length_reason(model, config)
         or ("alpha is 0, which keeps every block; raise it" if config.alpha == 0 else None)
@@ -110,7 +110,11 @@ def _parallel_reason(parallel: Any) -> str | None:
     return None
 
 
-def _gpu_reason(model: Any) -> str | None:
+def _gpu_reason(model: Any, capability: tuple[int, int]) -> str | None:
+    if _said(getattr(model, "hf_text_config", None), "model_type") == "gpt_oss" and capability[0] not in (9, 10):
+        return (
+            "the model has attention sinks, which vLLM's FlashAttention, whose place is taken, has on Hopper GPUs alone"
+        )
     if getattr(model, "dtype", DTYPES[0]) not in DTYPES:
         return "the kernels take bfloat16 and float16; ask for --dtype bfloat16"
     try:

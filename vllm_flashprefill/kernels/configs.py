@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import torch
-import triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +102,8 @@ SELECT_PIECES = {
 }
 
 
-# Bytes of shared memory a block may have on sm_86, sm_89 and sm_120; sm_80 has 163 KiB, sm_90 and sm_100 have 227.
-SMALL_SHARED_MEMORY = 99 << 10
+# Compute capabilities with 99 KiB of shared memory for a block: A10, GeForce RTX 30; L4, L40S, RTX 40; RTX 50, GB10.
+SMALL = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
 
 
 @functools.cache
@@ -112,18 +111,15 @@ def gpu_kind(device: torch.device) -> str:
     """Which rows of the tables a device takes.
 
     Returns:
-        "small" for GPUs with 99 KiB of shared memory or less (A10, L4, L40S and GeForce cards, of whatever generation),
-        otherwise the generation: "ampere", "hopper" or "blackwell", which newer ones count as. A CPU, where Triton
-        interprets, is "ampere": it has no descriptors.
+        "small" for GPUs with 99 KiB of shared memory, otherwise the generation: "ampere", "hopper" or "blackwell", as
+        which newer ones count. A CPU, where Triton interprets, is "ampere": it has no descriptors.
     """
     if device.type != "cuda":
         return "ampere"
-    # What Triton itself compares a kernel's need with.
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    if properties["max_shared_mem"] <= SMALL_SHARED_MEMORY:
+    capability = torch.cuda.get_device_capability(device)
+    if capability in SMALL:
         return "small"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
+    return "ampere" if capability[0] < 9 else "hopper" if capability[0] == 9 else "blackwell"
 
 
 @functools.cache

@@ -52,6 +52,8 @@ GEMMA = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding
         {"cache": {"cache_dtype": "bfloat16", "block_size": 48}},
         {"cache": {"cache_dtype": "fp8"}},
         {"cache": {"cache_dtype": "fp8_e4m3"}},
+        {"hf": {"model_type": "gpt_oss"}},
+        {"hf": {"model_type": "gpt_oss"}, "capability": None},
         {"cache": {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}},
         {"hf": GEMMA},
         {"hf": {**GEMMA, "layer_types": ["sliding_attention"] * LAYERS, "sliding_window": None}},
@@ -77,6 +79,13 @@ def test_where_something_can_be_pruned_there_is_no_warning(engine):
         ({"attn_type": "encoder_only", "capability": None}, "no causal attention"),
         ({"backend": "FLASHINFER"}, "FLASHINFER was asked for; ask for FLASH_ATTN"),
         ({"capability": (10, 0)}, "prefers FlashInfer on this GPU; ask for FLASH_ATTN"),
+        *(
+            (
+                {"hf": {"model_type": "gpt_oss"}, "capability": capability},
+                "attention sinks, which vLLM's FlashAttention",
+            )
+            for capability in ((8, 0), (8, 9), (12, 0))
+        ),
         (
             {"cache": {"cache_dtype": "fp8_e5m2"}},
             "cache is fp8_e5m2; ask for --kv-cache-dtype bfloat16, float16 or fp8",
