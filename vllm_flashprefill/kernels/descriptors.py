@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -28,37 +29,38 @@ class Matrix:
 
 def as_matrix(x: torch.Tensor) -> Matrix | None:
     """x as a matrix, its heads beside each other or one below the other; None where `no_matrix` says why."""
-    return None if no_matrix(x) else _matrix(x)
+    found = _found(x)
+    return found if isinstance(found, Matrix) else None
 
 
 def no_matrix(x: torch.Tensor) -> str | None:
     """Why x cannot be a matrix that a tensor descriptor describes, in words; None where it can."""
     if TensorDescriptor is None:
         return "this Triton has no tensor descriptors (3.4 has)"
-    reason = _misfit(x)
-    return reason and f"the strides {x.stride()} of {x.dtype} have {reason}"
+    found = _found(x)
+    return None if isinstance(found, Matrix) else f"the strides {x.stride()} of {x.dtype} have {found}"
 
 
-def _misfit(x: torch.Tensor) -> str | None:
-    num_pages, _, num_heads, head_size = x.shape
-    batch_stride, row_stride, head_stride, _ = x.stride()
-    if x.data_ptr() % 16 or row_stride * x.element_size() % 16:
+def _found(x: torch.Tensor) -> Matrix | str:
+    return _matrix_or_misfit(x.shape, x.stride(), x.element_size(), x.data_ptr() % 16)
+
+
+# Layers of a step, and steps, have tensors alike.
+@functools.lru_cache(maxsize=256)
+def _matrix_or_misfit(
+    shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, misalignment: int
+) -> Matrix | str:
+    """A tensor's matrix, or what of its strides it has against being one."""
+    a, b, num_heads, head_size = shape
+    batch_stride, row_stride, head_stride, _ = strides
+    if misalignment or row_stride * element_size % 16:
         return "tokens that do not begin at multiples of 16 bytes"
     if row_stride < head_size:
         return "tokens that overlap"
-    if num_pages > 1 and batch_stride % row_stride:
+    if a > 1 and batch_stride % row_stride:
         return "pages of no whole number of tokens"
     if num_heads > 1 and (0 < head_stride < head_size or (head_stride > row_stride and head_stride % row_stride)):
         return "heads neither within a token's row nor whole rows apart"
-    rows, columns = _matrix(x).shape
-    if columns > row_stride:
-        return "heads of one token among those of the next"
-    return "2**31 rows or more" if rows >= 2**31 else None
-
-
-def _matrix(x: torch.Tensor) -> Matrix:
-    a, b, num_heads, head_size = x.shape
-    batch_stride, row_stride, head_stride, _ = x.stride()
     rows_per_batch = batch_stride // row_stride if a > 1 else b
     rows_per_head, columns_per_head = 0, head_size
     if num_heads > 1:
@@ -66,4 +68,8 @@ def _matrix(x: torch.Tensor) -> Matrix:
         rows_per_head, columns_per_head = (0, head_stride) if beside else (head_stride // row_stride, 0)
     rows = (a - 1) * rows_per_batch + (num_heads - 1) * rows_per_head + b
     columns = (num_heads - 1) * columns_per_head + head_size
+    if columns > row_stride:
+        return "heads of one token among those of the next"
+    if rows >= 2**31:
+        return "2**31 rows or more"
     return Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)
