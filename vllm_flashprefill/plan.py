@@ -51,7 +51,8 @@ class SparseRequest:
     @property
     def visible_blocks(self) -> int:
         """Key blocks that one head's query blocks of this chunk could attend to, over those query blocks."""
-        return sum(self.query_blocks) + len(self.query_blocks)
+        blocks = self.query_blocks
+        return len(blocks) * (blocks.start + blocks.stop + 1) // 2
 
 
 @dataclasses.dataclass(frozen=True)

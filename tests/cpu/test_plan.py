@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.plan import plan_step
+from vllm_flashprefill.plan import SparseRequest, plan_step
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
 CONFIG = FlashPrefillConfig(min_sparse_tokens=1024)
@@ -113,3 +113,9 @@ def test_a_chunk_is_never_sparse_where_its_whole_prompt_is_dense(num_chunk_block
 def test_arrays_that_are_no_batch(query_start_loc, seq_lens):
     with pytest.raises(ValueError, match="query_start_loc"):
         plan_step(np.array(query_start_loc), np.array(seq_lens), CONFIG)
+
+
+@pytest.mark.parametrize("context, query", [(0, 1), (0, 128), (0, 129), (127, 1), (127, 2), (1000, 300), (256, 1024)])
+def test_blocks_that_a_chunk_sees(context, query):
+    request = SparseRequest(0, 0, query, context, context + query)
+    assert request.visible_blocks == sum(block + 1 for block in request.query_blocks)
