@@ -127,14 +127,29 @@ def start_engine(options, max_model_len: int):
         max_num_batched_tokens=max_model_len,
         enable_prefix_caching=False,
         seed=0,
+        dtype=options.dtype,
     )
+
+
+def quick_dtype() -> str:
+    """The dtype for vLLM's engine where none was asked for."""
+    from vllm.platforms import current_platform
+
+    from vllm_flashprefill.device import is_slow_in_bfloat16
+
+    if not (current_platform.is_cpu() and is_slow_in_bfloat16("cpu")):
+        return "auto"
+    print(
+        "In float32: without AVX-512 this CPU is many times slower in bfloat16 (--dtype bfloat16 for it all the same)"
+    )
+    return "float32"
 
 
 def dense_answers(options, prompts: list[Prompt], max_model_len: int) -> tuple[list[Answer], bool]:
     """The dense run, and whether its figures are those of an earlier run of the same prompts on this machine."""
     import vllm
 
-    same = json.dumps([vllm.__version__, str(options.model), [prompt.tokens for prompt in prompts]])
+    same = json.dumps([vllm.__version__, str(options.model), options.dtype, [prompt.tokens for prompt in prompts]])
     cache = ROOT / "models" / f".dense-{hashlib.sha256(same.encode()).hexdigest()[:16]}.json"
     if cache.exists() and not options.fresh:
         return [Answer(**answer) for answer in json.loads(cache.read_text())], True
@@ -175,6 +190,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,2048,4096,7500", help="prompt tokens (default: %(default)s)")
     parser.add_argument("--alpha", type=float, help="default: the model family's preset")
     parser.add_argument("--min-sparse-tokens", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--dtype", help="vLLM's; default: auto, or float32 on a CPU that is slow in bfloat16")
     parser.add_argument("--no-dense", action="store_true", help="leave the dense run out")
     parser.add_argument("--picture", help=f"file for the picture (default: {PICTURE} for the default model, else none)")
     parser.add_argument("--fresh", action="store_true", help="run dense again though an earlier run is remembered")
@@ -202,6 +218,7 @@ def main() -> None:
     import vllm
     from transformers import AutoTokenizer
 
+    options.dtype = options.dtype or quick_dtype()
     prompts = make_prompts(AutoTokenizer.from_pretrained(options.model), lengths)
     max_model_len = max(lengths) + ANSWER_TOKENS
     llm = start_engine(options, max_model_len)

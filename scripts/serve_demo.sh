@@ -35,6 +35,8 @@ fi
 if ! command -v nvidia-smi >/dev/null; then
     # On the CPU, compiling the model takes minutes.
     set -- --enforce-eager "$@"
+    slow='from vllm_flashprefill.device import is_slow_in_bfloat16; print(is_slow_in_bfloat16("cpu"))'
+    if [ "$("$python" -c "$slow")" = True ]; then set -- --dtype float32 "$@"; fi
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 fi
 

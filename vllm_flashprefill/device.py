@@ -1,8 +1,17 @@
-"""From the host to a device."""
+"""What differs between devices."""
 
 from __future__ import annotations
 
 import torch
+
+
+def is_slow_in_bfloat16(device: torch.device | str) -> bool:
+    """Whether it is an x86 CPU without AVX-512, where PyTorch multiplies bfloat16 many times slower than float32."""
+    return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() in (
+        "AVX2",
+        "NO AVX",
+        "DEFAULT",
+    )
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:

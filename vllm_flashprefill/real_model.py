@@ -15,6 +15,7 @@ import torch
 
 from vllm_flashprefill.api import flash_prefill
 from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.device import is_slow_in_bfloat16
 
 CODE = ("zipfile", "tarfile", "subprocess")
 # Lines of the source are read from here on, so that a text does not begin with a licence.
@@ -80,7 +81,10 @@ def encode_text(tokenizer: Any, name: str, length: int, start: int = 0) -> list[
 
 
 def load_model(name: str, attention: Callable[..., Any], device: str = "cpu") -> tuple[Any, Any]:
-    """The model and tokenizer of a folder or of a GGUF file, in bfloat16, its layers calling `attention`."""
+    """The model and tokenizer of a folder or of a GGUF file, its layers calling `attention`.
+
+    In bfloat16, or in float32 where that is much quicker.
+    """
     return load_weights(name, attention, device), load_tokenizer(name)
 
 
@@ -91,7 +95,8 @@ def load_weights(name: str, attention: Callable[..., Any], device: str = "cpu") 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     folder, where = _place(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, **where).eval().to(device)
+    dtype = torch.float32 if is_slow_in_bfloat16(device) else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype, **where).eval().to(device)
     # A name that transformers does not know gets no masks.
     ALL_ATTENTION_FUNCTIONS["measured"] = attention
     model.set_attn_implementation("measured")

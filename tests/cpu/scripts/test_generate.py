@@ -80,3 +80,14 @@ def test_a_picture_is_a_png(tmp_path):
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     kept_blocks.draw({(0, 0): mask, (1, 3): mask}, "M", tmp_path / "kept.png")
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "cpu, capability, dtype", [(True, "AVX2", "float32"), (True, "AVX512", "auto"), (False, "AVX2", "auto")]
+)
+def test_a_cpu_that_is_slow_in_bfloat16_gets_float32(cpu, capability, dtype, capsys, monkeypatch):
+    platform = SimpleNamespace(is_cpu=lambda: cpu)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert generate.quick_dtype() == dtype
+    assert ("In float32" in capsys.readouterr().out) == (dtype == "float32")

@@ -43,6 +43,7 @@ def test_vllm_serve_with_the_variable_alone(text_ids):
     options = json.dumps({"flashprefill": {"alpha": 0.2, "min_sparse_tokens": 1024}})
     command = [vllm, "serve", str(MODEL), "--enforce-eager", "--port", str(port), "--max-model-len", "4096"]
     command += ["--max-num-batched-tokens", "2048", "--max-num-seqs", "16", "--additional-config", options]
+    command += ["--dtype", "float32"]
     if Version(VERSION) >= Version("0.14"):
         command += ["--attention-backend", "CUSTOM"]
     server = subprocess.Popen(
