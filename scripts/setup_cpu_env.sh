@@ -47,6 +47,10 @@ install_engine() {
     "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
         fail "vLLM's CPU engine needs libnuma.so.1 (Debian: apt install libnuma1)"
 
+    # Neither the demo nor anything else with --enforce-eager needs it.
+    "$python" -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null ||
+        step "warning: no Python.h, without which vLLM compiles no model here (Debian: apt install python3-dev)"
+
     if [ ! -x "$venv/bin/python" ]; then
         free_gb=$(($(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print $4 }') / 1024 / 1024))
         [ "$free_gb" -ge "$needed_gb" ] ||

@@ -13,7 +13,7 @@ case "$*" in *{refused}*) exit 1 ;; -c*) exit 0 ;; -V) echo Python 3.11.2 ;; *) 
 
 
 def set_up(tmp_path, version="0.12.0", refused="nothing", **env):
-    """Lines of stderr of a set-up that fails, and what it left behind."""
+    """A set-up that fails and leaves nothing behind."""
     stub = tmp_path / "python"
     stub.write_text(STUB.format(refused=refused))
     stub.chmod(0o755)
@@ -25,7 +25,7 @@ def set_up(tmp_path, version="0.12.0", refused="nothing", **env):
         text=True,
     )
     assert done.returncode == 1 and not venv.exists()
-    return done.stderr.splitlines()
+    return done
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,11 @@ def set_up(tmp_path, version="0.12.0", refused="nothing", **env):
     ],
 )
 def test_what_is_missing_is_one_line_before_any_download(tmp_path, missing, said):
-    (line,) = set_up(tmp_path, **missing)
+    (line,) = set_up(tmp_path, **missing).stderr.splitlines()
     assert line.startswith(said)
+
+
+@pytest.mark.parametrize("refused", ["Python.h", "nothing"])
+def test_what_only_compiling_needs_is_a_warning(tmp_path, refused):
+    said = set_up(tmp_path, refused=refused).stdout
+    assert ("warning: no Python.h, " in said) == (refused == "Python.h")
