@@ -27,6 +27,7 @@ from tools.commands import ROOT, Code, codes, pages
 
 LEFT_OUT = {
     r"^(make|apt|pip) |setup_cpu_env|fetch_model|^\.venv": "makes an environment, or needs another one",
+    r"\bray\b|test_ray": "needs Ray and its nodes",
     r"tests/gpu|research\.estimates|-m evaluation|\b32000\b": "needs a GPU, or hours",
 }
 HEALTH = "http://127.0.0.1:8000/health"
