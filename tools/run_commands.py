@@ -28,6 +28,7 @@ from tools.commands import ROOT, Code, codes, pages
 LEFT_OUT = {
     r"^(make|apt|pip) |setup_cpu_env|fetch_model|^\.venv": "makes an environment, or needs another one",
     r"\bray\b|test_ray": "needs Ray and its nodes",
+    r"--data-parallel-size": "needs two GPUs; tests/engine/test_data_parallel.py runs it on a CPU",
     r"tests/gpu|research\.estimates|-m evaluation|\b32000\b": "needs a GPU, or hours",
 }
 HEALTH = "http://127.0.0.1:8000/health"
