@@ -6,7 +6,7 @@ import torch
 
 
 def is_slow_in_bfloat16(device: torch.device | str) -> bool:
-    """Whether it is an x86 CPU without AVX-512, where PyTorch multiplies bfloat16 many times slower than float32."""
+    """Whether it is a CPU of which PyTorch uses AVX2 at most: it multiplies bfloat16 many times slower than float32."""
     return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() in (
         "AVX2",
         "NO AVX",
