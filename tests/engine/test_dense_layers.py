@@ -128,7 +128,9 @@ def test_a_model_with_both_kinds_of_layers_is_sparse_in_the_full_ones(folder):
     assert stats.density < 0.9
 
 
-@pytest.mark.skipif(vllm_version() == "0.12.0", reason="this CPU engine does not run gpt-oss in float32")
+@pytest.mark.skipif(
+    vllm_version() in ("0.12.0", "0.24.0"), reason="vLLM's own CPU engine does not run gpt-oss in float32"
+)
 def test_layers_with_sinks_are_sparse(folder):
     path = folder(gpt_oss())
     expected, _ = run(path, sparse=False)
