@@ -17,8 +17,14 @@ def commit_name(given: str | None) -> str:
     """The commit that a row names: the one given, else $COMMIT, else git's."""
     if given or os.environ.get("COMMIT"):
         return given or os.environ["COMMIT"]
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent)
+        return run.stdout.strip()
+
+    # Rows that were just appended change no code.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+    return git("describe", "--always") + "-dirty" * bool(changed)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

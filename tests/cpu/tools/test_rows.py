@@ -1,7 +1,9 @@
 import csv
+import subprocess
 
 import pytest
 
+from tools import rows
 from tools.rows import length_name, ttft_rows
 
 COLUMNS = ("gpu", "vllm", "model", "case", "tokens", "chunk", "check", "flash_ms")
@@ -46,3 +48,20 @@ def test_one_gpu_vllm_and_model(table):
 @pytest.mark.parametrize("tokens, name", [(16, "16"), (1024, "1K"), (3072, "3K"), (122880, "120K")])
 def test_length_name(tokens, name):
     assert length_name(tokens) == name
+
+
+def test_a_commit_is_dirty_by_code_and_not_by_rows(tmp_path, monkeypatch):
+    code, row = tmp_path / "code.py", tmp_path / "results" / "rows.csv"
+    row.parent.mkdir()
+    code.write_text("1\n")
+    row.write_text("1\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(rows, "RESULTS", row.parent)
+    monkeypatch.delenv("COMMIT", raising=False)
+    clean = rows.commit_name(None)
+    row.write_text("2\n")
+    assert rows.commit_name(None) == clean
+    code.write_text("2\n")
+    assert rows.commit_name(None) == f"{clean}-dirty"
