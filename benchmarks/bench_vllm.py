@@ -304,7 +304,7 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         vllm_flashprefill.register(max_density=1.0)
     started = time.perf_counter()
     # The check's prompts fit too: in shorter ones, chunks make no difference to compare with.
-    longest = max(args.tokens) + max(args.cached if args.append else [0])
+    longest = max(args.tokens) + (max(args.cached) if args.append else 0)
     engine = Engine(model, max(longest, *CHECK_TOKENS) + 1024, args)
     results: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1)}
     if sparse:

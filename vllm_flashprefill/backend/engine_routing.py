@@ -13,6 +13,8 @@ from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
 # vLLM's names of the backends that FlashPrefill takes the place of, and of its own.
 OUR_BACKENDS = frozenset({"FLASH_ATTN", "FLASH_ATTN_VLLM_V1", "CPU_ATTN", "TORCH_SDPA", "TORCH_SDPA_VLLM_V1", "CUSTOM"})
+# Major compute capabilities on which vLLM's FlashAttention, whose place is taken, has e4m3 caches and attention sinks.
+NEWER_FLASH_ATTENTION = (9, 10)
 
 
 def engine_dense_reason(
@@ -90,8 +92,7 @@ def _cache_reason(cache: Any, capability: tuple[int, int] | None) -> str | None:
     if cache_dtype not in PLAIN_CACHE_DTYPES and not getattr(cache, "kv_cache_dtype_skip_layers", None):
         if cache_dtype not in E4M3_CACHE_DTYPES:
             return f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, float16 or fp8"
-        if capability is None or capability[0] not in (9, 10):
-            # vLLM's FlashAttention, whose place is taken, has none elsewhere.
+        if capability is None or capability[0] not in NEWER_FLASH_ATTENTION:
             return f"the KV cache is {cache_dtype}, which is sparse on Hopper GPUs; ask for --kv-cache-dtype bfloat16"
     page_size = getattr(cache, "block_size", None)
     if isinstance(page_size, int) and page_size % PAGE_SIZE_MULTIPLE:
@@ -111,7 +112,8 @@ def _parallel_reason(parallel: Any) -> str | None:
 
 
 def _gpu_reason(model: Any, capability: tuple[int, int]) -> str | None:
-    if _said(getattr(model, "hf_text_config", None), "model_type") == "gpt_oss" and capability[0] not in (9, 10):
+    has_sinks = _said(getattr(model, "hf_text_config", None), "model_type") == "gpt_oss"
+    if has_sinks and capability[0] not in NEWER_FLASH_ATTENTION:
         return (
             "the model has attention sinks, which vLLM's FlashAttention, whose place is taken, has on Hopper GPUs alone"
         )

@@ -25,8 +25,7 @@ from vllm_flashprefill.key_values import dequantise
 logger = logging.getLogger("vllm.flashprefill")
 
 # Releases whose GPU engines were compared with vLLM's own backend, request by request (tests/gpu), before this check
-# was there; it has not run in them. Caches were in 16 bits, and no
-# layer had sinks.
+# was there; it has not run in them. Caches were in 16 bits, and no layer had sinks.
 COMPARED_ON_GPU = ("0.10.0", "0.12.0", "0.24.0")
 
 # What was checked in this process, and what is wrong with it, or None.
