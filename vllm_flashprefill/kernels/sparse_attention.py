@@ -16,20 +16,23 @@ from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
 from vllm_flashprefill.kernels.descriptors import TensorDescriptor, as_matrix, no_matrix
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
-from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.key_values import KeyValues, is_e4m3
 
 try:
     from vllm_flashprefill.kernels import sparse_attention_hopper as hopper
-except (ImportError, AttributeError):  # Triton before 3.5, or one that has renamed what the kernel uses
-    hopper = None
+    from vllm_flashprefill.kernels import sparse_attention_hopper_e4m3 as hopper_e4m3
+    from vllm_flashprefill.kernels import sparse_attention_hopper_fp8 as hopper_fp8
+except (ImportError, AttributeError):  # Triton before 3.5, or one that has renamed what the kernels use
+    hopper = hopper_e4m3 = hopper_fp8 = None
 
 logger = logging.getLogger("vllm.flashprefill")
 
-# Launches that did not compile in this process.
-_broken: set[AttentionConfig] = set()
+# Launches that did not compile in this process, whether for e4m3, and whether with products in it.
+_broken: set[tuple[AttentionConfig, bool, bool]] = set()
 _warned: set[tuple[str, int, str]] = set()
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+E4M3_MAX = 448.0
 
 
 @triton.jit
@@ -190,6 +193,7 @@ def sparse_attention(
     q_scale: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor,
+    value_tiles: torch.Tensor | None = None,
     launch: AttentionConfig | None = None,
 ) -> None:
     """Attention of a slab's query blocks over the blocks in their lists.
@@ -200,26 +204,39 @@ def sparse_attention(
         kv: with e4m3 the products are in float16, to whose range q is clamped.
         q_scale, sinks: as of `api.flash_prefill_paged`.
         lists, counts: from `block_select`.
+        value_tiles: of `value_tiles.value_tiles`, where `takes_fp8_products`: the products are in e4m3, to which q is
+            rounded, and the probabilities times 256.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
     head_size = q.shape[3]
     choices = (launch,) if launch else attention_configs(q.device, head_size)
     for choice in choices[:-1]:
-        if (misfit := _misfit(choice, q, kv)) is None:
+        if (misfit := _misfit(choice, q, kv, value_tiles is not None)) is None:
             try:
-                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out)
+                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out, value_tiles)
                 return
             except Exception as error:
-                _broken.add(choice)
+                _broken.add((choice, kv.fp8, value_tiles is not None))
                 misfit = f"{type(error).__name__}: {error}"
         if misfit:
             _warn_slower("Hopper" if choice.gluon else "TMA", head_size, misfit)
-    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out)
+    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out, value_tiles)
 
 
-def _misfit(launch: AttentionConfig, q: torch.Tensor, kv: KeyValues) -> str | None:
-    """Why a configuration cannot take these tensors and pages; "" where another one is meant to, None where it can."""
-    if launch in _broken or (launch.gluon and kv.fp8):
+def takes_fp8_products(q: torch.Tensor, kv: KeyValues) -> bool:
+    """Whether there is a kernel that multiplies these queries, keys and values in e4m3; says why not."""
+    choice = attention_configs(q.device, q.shape[3])[0]
+    if not choice.gluon or not kv.fp8:
+        return False
+    misfit = _misfit(choice, q, kv, True)
+    if misfit:
+        _warn_slower("e4m3 products", q.shape[3], misfit)
+    return misfit is None
+
+
+def _misfit(launch: AttentionConfig, q: torch.Tensor, kv: KeyValues, fp8_products: bool) -> str | None:
+    """Why a configuration cannot take these tensors and pages; "" where that has been said, None where it can."""
+    if (launch, kv.fp8, fp8_products) in _broken:
         return ""
     if launch.gluon and hopper is None:
         return f"Triton {triton.__version__} has no Gluon, or none that the kernel knows (3.5 to 3.9 have)"
@@ -247,6 +264,7 @@ def _launch(
     q_scale: torch.Tensor | None,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
+    value_tiles: torch.Tensor | None,
 ) -> None:
     k, v = kv.codes()
     num_heads, head_size = q.shape[2:]
@@ -262,7 +280,22 @@ def _launch(
     )
     if launch.gluon:
         tables += (schedule.next_pair,)
-        hopper.sparse_attention_hopper(q, kv, out, slab, as_matrix(q), as_matrix(k), tables, scale, sinks, **constants)
+        if not kv.fp8:
+            matrices = as_matrix(q), as_matrix(k)
+            hopper.sparse_attention_hopper(q, kv, out, slab, *matrices, tables, scale, sinks, **constants)
+            return
+        if value_tiles is None:
+            matrices = as_matrix(q), as_matrix(k)
+            hopper_e4m3.sparse_attention_hopper_e4m3(
+                q, kv, out, slab, *matrices, tables, scale, sinks, q_scale, **constants
+            )
+            return
+        if not is_e4m3(q):
+            q = q.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        matrices = as_matrix(q), as_matrix(k)
+        hopper_fp8.sparse_attention_hopper_fp8(
+            q, kv, value_tiles, out, slab, *matrices, tables, scale, sinks, q_scale, **constants
+        )
         return
     matrix = as_matrix(k) if launch.tma else None
     tile = [launch.block_n, head_size]

@@ -116,11 +116,13 @@ def _producer(
     args,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
+    V_BY_BLOCK: gl.constexpr,
 ):  # fmt: skip
+    """V_BY_BLOCK: values lie block by block, [KV heads, num_mean_rows, HEAD_SIZE, BLOCK], in place of pages."""
     (
         q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
         first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
-        kv_rows_per_head, stride_table, shared,
+        kv_rows_per_head, stride_table, num_mean_rows, shared,
     ) = args  # fmt: skip
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = shared
     q_bytes: gl.constexpr = 2 * q_desc.block_type.nbytes
@@ -140,6 +142,7 @@ def _producer(
         list_ptr = lists_ptr + list_slot * NUM_HEADS + head.to(gl.int64) * (query_block + 1)
         count = gl.load(counts_ptr + pair)
         batch = gl.load(request_ptr + columns.BATCH)
+        mean_start = gl.load(request_ptr + columns.MEAN_START)
         table_row_ptr = block_table_ptr
         first_row = kv_head * kv_rows_per_head
         if PAGE_SIZE > 0:
@@ -174,9 +177,17 @@ def _producer(
                 next_block = _tile_block(list_ptr, tile + 1, query_block)
             if tile > 0:
                 slot = (step - 1) % STAGES
-                rows = _box_rows(v_block, table_row_ptr, first_row, kv_rows_per_batch, seq_len, BLOCK, BOX, PAGE_SIZE)
-                mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES + 1) & 1)
-                _copy_tile(v_desc, rows, column, v_ready.index(slot), v_buffers.index(slot), BLOCK, BOX, HEAD_SIZE)
+                v_buffer, v_barrier = v_buffers.index(slot), v_ready.index(slot)
+                if V_BY_BLOCK:
+                    v_row = (kv_head * num_mean_rows + mean_start + v_block) * HEAD_SIZE
+                    mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES + 1) & 1)
+                    _copy_tile(v_desc, (v_row,), 0, v_barrier, v_buffer, HEAD_SIZE, HEAD_SIZE, BLOCK)
+                else:
+                    rows = _box_rows(
+                        v_block, table_row_ptr, first_row, kv_rows_per_batch, seq_len, BLOCK, BOX, PAGE_SIZE
+                    )
+                    mbarrier.wait(v_free.index(slot), ((step - 1) // STAGES + 1) & 1)
+                    _copy_tile(v_desc, rows, column, v_barrier, v_buffer, BLOCK, BOX, HEAD_SIZE)
             v_block = k_block
             k_block = next_block
             step += 1
@@ -195,14 +206,45 @@ def _producer(
 
 
 @gluon.jit
+def _scales(scale, scales, kv_head, FROM_E4M3: gl.constexpr):
+    """What the logits of a KV head's queries and what its values are multiplied by."""
+    v_scale = 1.0
+    if FROM_E4M3:
+        q_scale_ptr, k_scale_ptr, v_scale_ptr, stride_q_scale, stride_k_scale, stride_v_scale = scales
+        scale *= gl.load(q_scale_ptr + kv_head * stride_q_scale) * gl.load(k_scale_ptr + kv_head * stride_k_scale)
+        v_scale = gl.load(v_scale_ptr + kv_head * stride_v_scale)
+    return scale, v_scale
+
+
+@gluon.jit
+def _store_half(
+    out, out_ptr, request_ptr, query_block, head, stride_ob, stride_ot, stride_oh,
+    HALF: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Write a warpgroup's rows of a query block, as far as they are the chunk's."""
+    ROWS: gl.constexpr = BLOCK // 2
+    query_len = gl.load(request_ptr + columns.QUERY_LEN)
+    rows = query_block * BLOCK + HALF * ROWS - gl.load(request_ptr + columns.CONTEXT_LEN)
+    rows += gl.arange(0, ROWS, layout=gl.SliceLayout(1, out.type.layout))
+    offs_rows = (gl.load(request_ptr + columns.QUERY_START) + rows).to(gl.int64)
+    offs_dim = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, out.type.layout))
+    batch = gl.load(request_ptr + columns.BATCH).to(gl.int64)
+    out_ptrs = out_ptr + batch * stride_ob + head.to(gl.int64) * stride_oh
+    out_ptrs = out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :]
+    gl.store(out_ptrs, out, mask=((rows >= 0) & (rows < query_len))[:, None])
+
+
+@gluon.jit
 def _consumer(
     args,
-    HALF: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    HALF: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
+    HAS_SINKS: gl.constexpr, FROM_E4M3: gl.constexpr,
 ):  # fmt: skip
+    """FROM_E4M3: keys and values were codes, which have scales, and of which whoever widened them cleared what is no
+    token's."""
     (
-        out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, first_item, scale, stride_ob, stride_ot, stride_oh,
-        shared,
+        out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, scales, first_item, base_scale, stride_ob, stride_ot,
+        stride_oh, shared,
     ) = args  # fmt: skip
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean = shared
     ROWS: gl.constexpr = BLOCK // 2
@@ -229,6 +271,7 @@ def _consumer(
         query_block = gl.load(item_ptr + columns.QUERY_BLOCK)
         count = gl.load(counts_ptr + pair)
         seq_len = gl.load(request_ptr + columns.QUERY_LEN) + gl.load(request_ptr + columns.CONTEXT_LEN)
+        scale, v_scale = _scales(base_scale, scales, pair % NUM_HEADS // GROUP, FROM_E4M3)
 
         # The query's own block, causal.
         slot = step % STAGES
@@ -243,16 +286,17 @@ def _consumer(
         row_sum = gl.sum(p, axis=1)
         acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, acc_layout)
         # Its tokens may end within it: what lies behind them may be NaN. Each warpgroup clears its half.
-        if (query_block + 1) * BLOCK > seq_len:
-            mbarrier.wait(v_ready.index(slot), phase)
-            v_half = v_buffers.index(slot).slice(HALF * ROWS, ROWS, dim=0)
-            tokens = query_block * BLOCK + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, io_layout))
-            v = v_half.load(io_layout)
-            v_half.store(gl.where((tokens < seq_len)[:, None], v, 0.0).to(dtype))
-            fence_async_shared()
-            mbarrier.arrive(v_clean, count=1)
-            mbarrier.wait(v_clean, cleaned & 1)
-            cleaned += 1
+        if not FROM_E4M3:
+            if (query_block + 1) * BLOCK > seq_len:
+                mbarrier.wait(v_ready.index(slot), phase)
+                v_half = v_buffers.index(slot).slice(HALF * ROWS, ROWS, dim=0)
+                tokens = query_block * BLOCK + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, io_layout))
+                v = v_half.load(io_layout)
+                v_half.store(gl.where((tokens < seq_len)[:, None], v, 0.0).to(dtype))
+                fence_async_shared()
+                mbarrier.arrive(v_clean, count=1)
+                mbarrier.wait(v_clean, cleaned & 1)
+                cleaned += 1
 
         # The rest: every row sees them whole, and all their tokens exist.
         for _tile in range(1, count):
@@ -289,17 +333,14 @@ def _consumer(
         step += 1
         if HAS_SINKS:
             row_sum += gl.exp2(gl.load(sinks_ptr + pair % NUM_HEADS).to(gl.float32) * LOG2_E - row_max)
-        acc = acc * gl.convert_layout(1.0 / row_sum, acc_row_layout)[:, None]
-        out = gl.convert_layout(acc.to(dtype), io_layout)
-        query_len = gl.load(request_ptr + columns.QUERY_LEN)
-        rows = query_block * BLOCK + HALF * ROWS - gl.load(request_ptr + columns.CONTEXT_LEN)
-        rows += gl.arange(0, ROWS, layout=gl.SliceLayout(1, io_layout))
-        offs_rows = (gl.load(request_ptr + columns.QUERY_START) + rows).to(gl.int64)
-        offs_dim = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, io_layout))
-        batch = gl.load(request_ptr + columns.BATCH).to(gl.int64)
-        out_ptrs = out_ptr + batch * stride_ob + (pair % NUM_HEADS).to(gl.int64) * stride_oh
-        out_ptrs = out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :]
-        gl.store(out_ptrs, out, mask=((rows >= 0) & (rows < query_len))[:, None])
+        acc = acc * gl.convert_layout(v_scale / row_sum, acc_row_layout)[:, None]
+        out = acc.to(out_ptr.dtype.element_ty)
+        if not FROM_E4M3:
+            # Whole rows of it; beside codes there is no shared memory left for that.
+            out = gl.convert_layout(out, io_layout)
+        _store_half(
+            out, out_ptr, request_ptr, query_block, pair % NUM_HEADS, stride_ob, stride_ot, stride_oh, HALF, BLOCK
+        )  # fmt: skip
 
         done += 1
         mbarrier.wait(q_ready, done & 1)
@@ -355,25 +396,28 @@ def _sparse_attention_hopper_kernel(
 
     # fmt: off
     shared = (q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, v_clean)
-    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, first_item, scale, stride_ob, stride_ot,
+    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, (), first_item, scale, stride_ob, stride_ot,
                stride_oh, shared)
     produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
                first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
-               kv_rows_per_head, stride_table, shared)
+               kv_rows_per_head, stride_table, 0, shared)
     # A constant stays one only inside the call.
     if _TRITON_3_5:
         gl.warp_specialize(
-            (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS),
+            (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, gl.constexpr(False)),
             _consumer,
-            ((consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS),
-             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS)),
+            ((consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, gl.constexpr(False)),
+             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS, gl.constexpr(False))),
             (_second_consumer_3_5, _producer_3_5), [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS)),
-             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, HEAD_SIZE, BLOCK, HAS_SINKS)),
-             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS))],
+            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS,
+                          gl.constexpr(False))),
+             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS,
+                          gl.constexpr(False))),
+             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS,
+                          gl.constexpr(False)))],
             [4, 1], [240, 24],
         )
     # fmt: on
