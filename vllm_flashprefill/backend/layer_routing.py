@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from vllm_flashprefill.checks import HEAD_SIZES, fp8_misfit
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason
 
@@ -77,6 +81,29 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
         # A chunk's start within a block changes what is selected, and other requests move where chunks start.
         return DenseReason.BATCH_INVARIANT
     return None
+
+
+def layer_config(impl: Any, config: FlashPrefillConfig, cache_config: Any) -> FlashPrefillConfig:
+    """An engine's config as it is for a layer: one that vLLM was told to leave in 16 bits has its products there too.
+
+    Args:
+        impl: as of `impl_dense_reason`, with `head_size` and `is_draft`.
+        cache_config: vLLM's, of the engine.
+
+    Raises:
+        ValueError: the layer may be sparse, and its products cannot be in e4m3 as `compute_dtype` asks.
+    """
+    if config.compute_dtype != "fp8" or impl.is_draft or impl.head_size not in HEAD_SIZES:
+        return config
+    if impl_dense_reason(impl) not in (None, DenseReason.QUANTIZED_KV_CACHE):
+        return config
+    is_e4m3 = has_e4m3_cache(impl)
+    if not is_e4m3 and getattr(cache_config, "cache_dtype", None) in E4M3_CACHE_DTYPES:
+        return dataclasses.replace(config, compute_dtype="auto")
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if (misfit := fp8_misfit(capability, is_e4m3, impl.head_size)) is not None:
+        raise ValueError(f"flashprefill: compute_dtype {misfit}")
+    return config
 
 
 def has_e4m3_cache(impl: Any) -> bool:

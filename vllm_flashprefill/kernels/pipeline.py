@@ -53,11 +53,12 @@ def run_stages(
     lists, counts = list_scratch(q, schedule, workspace)
     shared = dict(lists=lists, counts=counts, softmax_scale=softmax_scale, q_scale=q_scale)
     select = functools.partial(block_select, pieces=pieces, config=config, scores=scores, block_counts=block_counts)
+    attend = functools.partial(sparse_attention, compute_fp8=config.compute_dtype == "fp8")
     for slab in schedule.slabs:
         select(q, mean, schedule, slab, **shared)
         if mark is not None:
             mark()
-        sparse_attention(q, kv, schedule, slab, sinks=sinks, out=out, **shared)
+        attend(q, kv, schedule, slab, sinks=sinks, out=out, **shared)
         if mark is not None:
             mark()
     return out

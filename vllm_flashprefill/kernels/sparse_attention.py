@@ -191,6 +191,7 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor,
     launch: AttentionConfig | None = None,
+    compute_fp8: bool = False,
 ) -> None:
     """Attention of a slab's query blocks over the blocks in their lists.
 
@@ -201,23 +202,24 @@ def sparse_attention(
         q_scale, sinks: as of `api.flash_prefill_paged`.
         lists, counts: from `block_select`.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
+        compute_fp8: whether the products may be in e4m3, which kv must then be.
     """
     head_size = q.shape[3]
     choices = (launch,) if launch else attention_configs(q.device, head_size)
     for choice in choices[:-1]:
-        if (misfit := _misfit(choice, q, kv)) is None:
+        if (misfit := _misfit(choice, q, kv, compute_fp8)) is None:
             try:
-                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out)
+                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out, compute_fp8)
                 return
             except Exception as error:
                 _broken.add(choice)
                 misfit = f"{type(error).__name__}: {error}"
         if misfit:
             _warn_slower("Hopper" if choice.gluon else "TMA", head_size, misfit)
-    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out)
+    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out, compute_fp8)
 
 
-def _misfit(launch: AttentionConfig, q: torch.Tensor, kv: KeyValues) -> str | None:
+def _misfit(launch: AttentionConfig, q: torch.Tensor, kv: KeyValues, compute_fp8: bool) -> str | None:
     """Why a configuration cannot take these tensors and pages; "" where another one is meant to, None where it can."""
     if launch in _broken or (launch.gluon and kv.fp8):
         return ""
@@ -247,6 +249,7 @@ def _launch(
     q_scale: torch.Tensor | None,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
+    compute_fp8: bool,
 ) -> None:
     k, v = kv.codes()
     num_heads, head_size = q.shape[2:]

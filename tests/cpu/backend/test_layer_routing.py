@@ -1,10 +1,16 @@
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend.layer_routing import check_layer_names, layer_dense_reason, layer_index
+from vllm_flashprefill.backend.layer_routing import (
+    check_layer_names,
+    layer_config,
+    layer_dense_reason,
+    layer_index,
+)
 from vllm_flashprefill.routing import DenseReason
 
 CONFIG = FlashPrefillConfig(min_sparse_tokens=1024)
@@ -57,6 +63,49 @@ def impl(**attributes):
 )
 def test_route_of_a_layer(attributes, reason):
     assert layer_dense_reason(impl(**attributes), "model.layers.3.self_attn.attn", CONFIG) == reason
+
+
+FP8 = FlashPrefillConfig(compute_dtype="fp8")
+
+
+def config_of(capability, monkeypatch, engine_cache="fp8", **attributes):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    defaults = dict(head_size=128, is_draft=False, takes_e4m3=True, kv_cache_dtype=engine_cache)
+    return layer_config(impl(**defaults | attributes), FP8, SimpleNamespace(cache_dtype=engine_cache))
+
+
+@pytest.mark.parametrize(
+    ("capability", "attributes", "says"),
+    [
+        (None, {}, 'for Hopper GPUs (compute capability 9.0), and there is no GPU; leave it at "auto"'),
+        ((8, 0), {}, 'for Hopper GPUs (compute capability 9.0), and this one has 8.0; leave it at "auto"'),
+        ((10, 0), {}, "and this one has 10.0"),
+        ((9, 0), {"engine_cache": "auto"}, "for KV caches in e4m3; ask vLLM for --kv-cache-dtype fp8, or leave it at"),
+        ((9, 0), {"engine_cache": "bfloat16"}, "for KV caches in e4m3; ask"),
+        ((9, 0), {"engine_cache": "fp8_e5m2"}, "for KV caches in e4m3; ask"),
+        ((9, 0), {"head_size": 256}, 'for heads of 64 or 128, not of 256; leave it at "auto"'),
+    ],
+)
+def test_products_in_e4m3_that_cannot_be_are_an_error_when_a_layer_is_made(capability, attributes, says, monkeypatch):
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        config_of(capability, monkeypatch, **attributes)
+    assert str(error.value).startswith('flashprefill: compute_dtype "fp8" is for ')
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"sliding_window": 512}, {"is_draft": True}, {"head_size": 96}, {"attn_type": "encoder"}, {"alibi_slopes": [1.0]}],
+)
+def test_layers_that_are_dense_anyway_take_any_compute_dtype(attributes, monkeypatch):
+    assert config_of((8, 0), monkeypatch, engine_cache="auto", **attributes) is FP8
+
+
+def test_a_layer_left_in_16_bits_has_its_products_in_16_bits(monkeypatch):
+    assert config_of((9, 0), monkeypatch) is FP8
+    assert config_of((9, 0), monkeypatch, kv_cache_dtype="auto") == FlashPrefillConfig()
+    cache = SimpleNamespace(cache_dtype="fp8")
+    assert layer_config(impl(head_size=256, is_draft=False), CONFIG, cache) is CONFIG
 
 
 def test_first_layers_can_be_dense():
