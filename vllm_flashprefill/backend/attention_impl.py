@@ -17,6 +17,7 @@ from vllm_flashprefill.backend.layer_routing import (
     impl_dense_reason,
     layer_config,
     layer_dense_reason,
+    say_quantised_cache,
 )
 from vllm_flashprefill.config import FlashPrefillConfig, strict
 from vllm_flashprefill.counters import recorder
@@ -56,6 +57,7 @@ class FlashPrefillImplMixin:
         vllm_config = get_current_vllm_config()
         config = FlashPrefillConfig.from_vllm(vllm_config)
         self.flashprefill_config = layer_config(self, config, vllm_config.cache_config)
+        say_quantised_cache(self, vllm_config.cache_config)
         self._dense_reason_known = False
         self._dense_reason: DenseReason | None = None
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_flashprefill.backend.layer_routing import E4M3_CACHE_DTYPES, PLAIN_CACHE_DTYPES
+from vllm_flashprefill.backend.layer_routing import E4M3_CACHE_DTYPES, E4M3_SCALES, PLAIN_CACHE_DTYPES
 from vllm_flashprefill.checks import DTYPES, FP8_HEAD_SIZES, HEAD_SIZES, PAGE_SIZE_MULTIPLE, fp8_misfit
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
@@ -119,7 +119,10 @@ def _cache_reason(cache: Any, capability: tuple[int, int] | None) -> str | None:
     cache_dtype = getattr(cache, "cache_dtype", "auto")
     if cache_dtype not in PLAIN_CACHE_DTYPES and not getattr(cache, "kv_cache_dtype_skip_layers", None):
         if cache_dtype not in E4M3_CACHE_DTYPES:
-            return f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, float16 or fp8"
+            return (
+                f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, float16 or fp8, which is e4m3 with "
+                f"{E4M3_SCALES}"
+            )
         if capability is None or capability[0] not in NEWER_FLASH_ATTENTION:
             return f"the KV cache is {cache_dtype}, which is sparse on Hopper GPUs; ask for --kv-cache-dtype bfloat16"
     page_size = getattr(cache, "block_size", None)

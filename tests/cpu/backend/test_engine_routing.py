@@ -94,6 +94,8 @@ def test_where_something_can_be_pruned_there_is_no_warning(engine):
             "cache is fp8_e5m2; ask for --kv-cache-dtype bfloat16, float16 or fp8",
         ),
         ({"cache": {"cache_dtype": "nvfp4"}}, "the KV cache is nvfp4; ask for"),
+        ({"cache": {"cache_dtype": "fp8_per_token_head"}}, "the KV cache is fp8_per_token_head; ask for"),
+        ({"cache": {"cache_dtype": "fp8_per_token_head"}}, "or fp8, which is e4m3 with one scale, or one for each KV"),
         ({"cache": {"cache_dtype": "int8_per_token_head"}}, "the KV cache is int8_per_token_head; ask for"),
         (
             {"cache": {"cache_dtype": "fp8"}, "capability": (8, 9)},

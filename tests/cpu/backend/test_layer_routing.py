@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill.backend import layer_routing
 from vllm_flashprefill.backend.layer_routing import (
     check_layer_names,
     layer_config,
     layer_dense_reason,
     layer_index,
+    say_quantised_cache,
 )
 from vllm_flashprefill.routing import DenseReason
 
@@ -69,8 +71,7 @@ FP8 = FlashPrefillConfig(compute_dtype="fp8")
 
 
 def config_of(capability, monkeypatch, engine_cache="fp8", **attributes):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(layer_routing, "gpu_capability", lambda: capability)
     defaults = dict(head_size=128, is_draft=False, takes_e4m3=True, kv_cache_dtype=engine_cache)
     return layer_config(impl(**defaults | attributes), FP8, SimpleNamespace(cache_dtype=engine_cache))
 
@@ -106,6 +107,40 @@ def test_a_layer_left_in_16_bits_has_its_products_in_16_bits(monkeypatch):
     assert config_of((9, 0), monkeypatch, kv_cache_dtype="auto") == FlashPrefillConfig()
     cache = SimpleNamespace(cache_dtype="fp8")
     assert layer_config(impl(head_size=256, is_draft=False), CONFIG, cache) is CONFIG
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(layer_routing.logger, "warning", lambda text, *values: lines.append(text % values))
+    layer_routing._warn_cache.cache_clear()
+    return lines
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e5m2", "fp8_per_token_head", "int8_per_token_head", "nvfp4"])
+def test_a_cache_that_some_layers_have_and_is_not_read_is_named_once(dtype, said):
+    cache = SimpleNamespace(cache_dtype=dtype, kv_cache_dtype_skip_layers=["3"])
+    for _ in range(2):
+        say_quantised_cache(impl(kv_cache_dtype=dtype, takes_e4m3=True), cache)
+    say_quantised_cache(impl(takes_e4m3=True), cache)
+    assert said == [
+        f"FlashPrefill: layers with a KV cache in {dtype} stay dense: what is read is 16 bits, or e4m3 with one scale, "
+        "or one for each KV head"
+    ]
+
+
+def test_on_a_cpu_e4m3_is_not_read_either(said):
+    say_quantised_cache(impl(kv_cache_dtype="fp8"), SimpleNamespace(cache_dtype="auto"))
+    (line,) = said
+    assert line.endswith("layers with a KV cache in fp8 stay dense: what is read is 16 or 32 bits, on a CPU")
+
+
+def test_a_cache_that_makes_the_engine_dense_is_said_of_the_engine_alone(said):
+    cache = SimpleNamespace(cache_dtype="nvfp4", kv_cache_dtype_skip_layers=[])
+    say_quantised_cache(impl(kv_cache_dtype="nvfp4", takes_e4m3=True), cache)
+    say_quantised_cache(impl(kv_cache_dtype="nvfp4", takes_e4m3=True, sliding_window=512), SimpleNamespace())
+    say_quantised_cache(impl(kv_cache_dtype="fp8", takes_e4m3=True), SimpleNamespace(cache_dtype="auto"))
+    assert said == []
 
 
 def test_first_layers_can_be_dense():
