@@ -35,7 +35,7 @@ from evaluation.tasks import TASKS, Maker, Sample, bos_tokens, make_samples
 from evaluation.text import Stream, code
 from scripts.generate import MODEL, documentation
 from tools.rows import append_row, commit_name, read_rows
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.config import TEXT_OPTIONS, FlashPrefillConfig
 
 ENGINE = Path(__file__).with_name("engine.py")
 
@@ -201,7 +201,7 @@ def parse_arguments() -> argparse.Namespace:
         for part in () if text == "default" else text.split(","):
             name, _, value = part.partition("=")
             try:
-                options[name] = json.loads(value)
+                options[name] = value if name in TEXT_OPTIONS else json.loads(value)
             except ValueError:
                 raise argparse.ArgumentTypeError(f"{part!r} is not default, nor NAME=NUMBER") from None
         try:

@@ -206,7 +206,8 @@ def setting_name(config: Any, options: dict[str, Any]) -> str:
     """Alpha, and what is neither as the package has it nor among the options of all settings."""
     usual = {field.name: field.default for field in dataclasses.fields(config)} | options
     names = [name for name, value in usual.items() if getattr(config, name) != value]
-    return ", ".join(f"{name} {getattr(config, name):g}" for name in dict.fromkeys(["alpha", *names]))
+    values = {name: getattr(config, name) for name in dict.fromkeys(["alpha", *names])}
+    return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items())
 
 
 def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None]) -> None:

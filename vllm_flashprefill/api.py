@@ -15,6 +15,7 @@ import torch
 
 from vllm_flashprefill.checks import (
     check_block_counts,
+    check_compute_dtype,
     check_paged,
     check_sinks,
     check_tensors,
@@ -43,7 +44,7 @@ def flash_prefill(
     Args:
         q: [batch, T, H, D], the last T tokens of each sequence. k, v: [batch, S, G, D], S >= T.
         config: which blocks to keep; FlashPrefillConfig() if None. Routing options (`min_sparse_tokens`,
-            `num_dense_layers`) do not apply here.
+            `num_dense_layers`) do not apply here, and `compute_dtype` has to be "auto".
         softmax_scale: factor on the logits; 1 / sqrt(D) if None.
         prompt_len: tokens of each whole prompt, later chunks included; S if None.
         out: [batch, T, H, D] to write to.
@@ -57,6 +58,7 @@ def flash_prefill(
         ValueError: an argument the kernels cannot take; the message names it.
     """
     check_tensors(q, k, v, out, rank=4)
+    check_compute_dtype(config, q, k)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k: batch is {k.shape[0]}, but q's is {q.shape[0]}")
     if k.shape[1] < q.shape[1]:
@@ -101,6 +103,7 @@ def flash_prefill_varlen(
         ValueError: an argument the kernels cannot take; the message names it.
     """
     check_tensors(q, k, v, out, rank=3)
+    check_compute_dtype(config, q, k)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k: {k.shape[0]} tokens, but q has {q.shape[0]}")
     bounds = checked_bounds(cu_seqlens, q.shape[0])
@@ -133,6 +136,8 @@ def flash_prefill_paged(
             kernels clamp q to float16's range. The table's entries are not checked, since that would wait for the
             GPU: each page of a sparse request must be one of the cache's.
         plan: which requests are sparse; what the GPU needs of it is uploaded by its first use.
+        config: as of `flash_prefill`; `compute_dtype` "fp8" takes a cache in e4m3, on a Hopper GPU with heads of 64 or
+            128. Queries of 16 bits are then rounded to e4m3, clamped to its range.
         q_scale: positive float32 of one element or [G], what e4m3 queries are multiplied by, those of a KV head's
             group alike; 1 if None.
         sinks: [H] of 16 or 32 bits, a logit of each head that takes part in the softmax and has no value (attention
@@ -149,6 +154,7 @@ def flash_prefill_paged(
         ValueError: an argument the kernels cannot take; the message names it.
     """
     check_paged(q, kv, plan, out, q_scale)
+    check_compute_dtype(config, q, kv.k)
     check_sinks(sinks, q)
     check_block_counts(block_counts, q)
     checked_scale(softmax_scale, q)

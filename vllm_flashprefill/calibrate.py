@@ -207,6 +207,8 @@ def main() -> None:
         config = FlashPrefillConfig.from_options(options.options)
     except ValueError as error:
         parser.error(str(error))
+    if config.compute_dtype != "auto":
+        parser.error("compute_dtype is for KV caches in e4m3, as vLLM has them; add it to what is found")
     blocks = -(-options.length // config.block_size)
     end = min(options.length, (blocks - config.num_dense_tail_blocks) * config.block_size)
     if options.length < config.min_sparse_tokens:

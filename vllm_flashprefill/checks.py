@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_flashprefill.config import MAX_INTEGER
+from vllm_flashprefill.config import MAX_INTEGER, FlashPrefillConfig
 from vllm_flashprefill.key_values import FP8_DTYPES, KeyValues
 from vllm_flashprefill.plan import StepPlan
 
 HEAD_SIZES = (64, 128, 256)
+# Of products in e4m3.
+FP8_HEAD_SIZES = (64, 128)
+HOPPER = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 PAGE_SIZE_MULTIPLE = 16
 E4M3 = torch.float8_e4m3fn
@@ -88,6 +91,34 @@ def check_out(q: torch.Tensor, out: torch.Tensor) -> None:
         raise ValueError(
             "out: must have q's shape, device and dtype (16 bits if q is e4m3), and a contiguous last dimension"
         )
+
+
+def check_compute_dtype(config: FlashPrefillConfig | None, q: torch.Tensor, k: torch.Tensor) -> None:
+    """That the products which `config` asks for can be had of these queries and keys."""
+    if config is None or config.compute_dtype != "fp8":
+        return
+    # The CPU computes what the kernel would, for heads of any size; a meta tensor gets the GPU's answer.
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else HOPPER
+    head_size = FP8_HEAD_SIZES[0] if q.device.type == "cpu" else q.shape[-1]
+    if (misfit := fp8_misfit(capability, k.dtype in FP8_DTYPES, head_size)) is not None:
+        raise ValueError(f"compute_dtype: {misfit}")
+
+
+def fp8_misfit(capability: tuple[int, int] | None, is_e4m3: bool, head_size: int) -> str | None:
+    """Why `compute_dtype` cannot be "fp8", and what to do about it; None where it can.
+
+    Args:
+        capability: the GPU's compute capability, None where there is no GPU.
+        is_e4m3: whether the KV cache is in e4m3.
+    """
+    if capability is None or capability[0] != HOPPER[0]:
+        found = "there is no GPU" if capability is None else "this one has {}.{}".format(*capability)
+        return f'"fp8" is for Hopper GPUs (compute capability 9.0), and {found}; leave it at "auto"'
+    if not is_e4m3:
+        return '"fp8" is for KV caches in e4m3; ask vLLM for --kv-cache-dtype fp8, or leave it at "auto"'
+    if head_size not in FP8_HEAD_SIZES:
+        return f'"fp8" is for heads of {" or ".join(map(str, FP8_HEAD_SIZES))}, not of {head_size}; leave it at "auto"'
+    return None
 
 
 def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor) -> None:

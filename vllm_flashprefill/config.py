@@ -22,6 +22,7 @@ from typing import Any
 
 BLOCK_SIZE = 128
 PIECE_SIZES = (0, 4, 8, 16, 32, 64)
+COMPUTE_DTYPES = ("auto", "fp8")
 # From this length on, pieces of 8 keys would take more than 128 MiB of a GPU that holds 8 KV heads of 128.
 LONG_SEQUENCE = 512 * 1024
 # Options and what is computed of them are int32 in the kernels.
@@ -79,6 +80,8 @@ class FlashPrefillConfig:
             looked at; in [0, 1]. 0 looks at every block.
         max_density: in vLLM, a layer that was seen to keep more than this share of its key blocks is dense for a while;
             in [0, 1], 1 for never. Not with alpha 0.
+        compute_dtype: of the products of queries with keys and of probabilities with values. "auto": 16 bits. "fp8":
+            e4m3, which is less exact; only with a KV cache in e4m3, on Hopper GPUs, for heads of 64 or 128.
     """
 
     alpha: float = 0.05
@@ -91,6 +94,7 @@ class FlashPrefillConfig:
     piece_size: int = 8
     candidate_alpha: float = 0.01
     max_density: float = 0.8
+    compute_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("alpha", "candidate_alpha", "max_density"):
@@ -105,6 +109,8 @@ class FlashPrefillConfig:
             raise ValueError(f"flashprefill: block_size must be {BLOCK_SIZE}, not {self.block_size}")
         if self.piece_size not in PIECE_SIZES:
             raise ValueError(f"flashprefill: piece_size must be one of {PIECE_SIZES}, not {self.piece_size}")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"flashprefill: compute_dtype must be one of {COMPUTE_DTYPES}, not {self.compute_dtype!r}")
 
     @property
     def num_pieces(self) -> int:
@@ -171,6 +177,8 @@ _INTEGER_OPTIONS = {
     "num_dense_layers": 0,
     "piece_size": 0,
 }
+# Those of the others that are no numbers.
+TEXT_OPTIONS = ("compute_dtype",)
 DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/scores.md)"}
 OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
 # All environment variables that mean something here.
@@ -224,7 +232,7 @@ def env_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The options that ``FLASHPREFILL_*`` variables name.
 
     Raises:
-        ValueError: an unknown variable, or a value that is not a number.
+        ValueError: an unknown variable, or a value that is not a number where the option is one.
     """
     options: dict[str, Any] = {}
     for name, text in environ.items():
@@ -236,7 +244,7 @@ def env_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         if option not in OPTIONS:
             known = [ENV_PREFIX + known.upper() for known in OPTIONS] + sorted(_ENV_RESERVED)
             raise ValueError(f"flashprefill: unknown environment variable {name}{_suggest(name, known)}")
-        kind = int if option in _INTEGER_OPTIONS else float
+        kind = str if option in TEXT_OPTIONS else int if option in _INTEGER_OPTIONS else float
         try:
             options[option] = kind(text)
         except ValueError:

@@ -10,13 +10,18 @@ Source: FlashPrefill, arXiv 2603.06199.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.key_values import KeyValues, dequantise_queries, is_e4m3
 from vllm_flashprefill.plan import StepPlan
+
+# What probabilities, at most 1, are multiplied by before they become e4m3, whose numbers below 2**-6 have fewer bits.
+P_SCALE = 256.0
 
 
 def block_mean_ref(k: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -171,6 +176,75 @@ def sparse_attention_ref(
     return out
 
 
+def sparse_attention_fp8_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    context_len: int,
+    block_size: int,
+    softmax_scale: float,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Stage 4 with products in e4m3: `sparse_attention_ref`, with what is rounded on the way.
+
+    Queries, keys and values over their scales are rounded to e4m3, to its ends where they are beyond: that changes
+    nothing of what e4m3 codes stand for. A query block takes in its own key block, then its kept ones from the first
+    on. Of each, p = exp(logit - the row's largest logit so far) is summed as it is, and `P_SCALE` * p is rounded to
+    e4m3 for its product with the values. Products are summed in float32.
+
+    Args:
+        q, k, v, mask, context_len, sinks: as of `sparse_attention_ref`.
+        q_scale, k_scale, v_scale: as of `KeyValues`; q_scale likewise, for the heads of each KV head.
+
+    Returns:
+        [T, H, D] in q's dtype.
+
+    Source: FlashAttention-3 (arXiv 2407.08608), whose forward in e4m3 scales probabilities by 2**8 likewise.
+    """
+    num_tokens, num_heads, _ = q.shape
+    num_kv_heads, seq_len = k.shape[1], k.shape[0]
+
+    def coded(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[H, tokens, D], what the codes alone stand for, and their scale by head, [H, 1, 1]."""
+        scale = torch.ones(1, device=x.device) if scale is None else scale
+        by_head = scale.expand(num_kv_heads).repeat_interleave(num_heads // num_kv_heads).view(-1, 1, 1)
+        x = x.float().transpose(0, 1).repeat_interleave(num_heads // x.shape[1], dim=0)
+        return _rounded_to_e4m3(x / by_head), by_head
+
+    (queries, q_scale), (keys, k_scale), (values, v_scale) = coded(q, q_scale), coded(k, k_scale), coded(v, v_scale)
+    out = torch.empty_like(q)
+    for index, (start, end) in enumerate(query_block_bounds(context_len, num_tokens, block_size)):
+        rows = queries[:, start - context_len : end - context_len]
+        positions = torch.arange(start, end, device=q.device)[:, None]
+        own = start // block_size
+        largest, total, acc = rows.new_full((*rows.shape[:2], 1), -torch.inf), 0.0, 0.0
+        for block in (own, *range(own)):
+            tokens = torch.arange(block * block_size, min((block + 1) * block_size, seq_len), device=q.device)
+            logits = (rows @ keys[:, tokens].transpose(1, 2)) * (softmax_scale * q_scale * k_scale)
+            seen = mask[:, index, block].view(-1, 1, 1) & (tokens <= positions)
+            logits = logits.masked_fill(~seen, -torch.inf)
+            new_largest = torch.maximum(largest, logits.amax(dim=2, keepdim=True))
+            p, correction = (logits - new_largest).exp(), (largest - new_largest).exp()
+            total = total * correction + p.sum(dim=2, keepdim=True)
+            acc = acc * correction + _rounded_to_e4m3(P_SCALE * p) @ values[:, tokens]
+            largest = new_largest
+        if sinks is not None:
+            total = total + (sinks.float().view(-1, 1, 1) - largest).exp()
+        attended = acc / total * (v_scale / P_SCALE)
+        out[start - context_len : end - context_len] = attended.transpose(0, 1).to(q.dtype)
+    return out
+
+
+def _rounded_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """float32 to the nearest of e4m3, beyond its range to its ends, in float32."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
 def query_block_bounds(context_len: int, num_tokens: int, block_size: int) -> list[tuple[int, int]]:
     """[start, end) absolute token positions of each query block's rows that lie in this chunk."""
     seq_len = context_len + num_tokens
@@ -221,6 +295,7 @@ def flash_prefill_ref(
     prompt_len: int | None = None,
     sinks: torch.Tensor | None = None,
     block_counts: torch.Tensor | None = None,
+    attend: Callable[..., torch.Tensor] = sparse_attention_ref,
 ) -> torch.Tensor:
     """All four stages for one sequence whose last T tokens are this chunk.
 
@@ -229,6 +304,7 @@ def flash_prefill_ref(
         prompt_len: tokens of the whole prompt; S if the chunk ends it.
         sinks: as of `sparse_attention_ref`.
         block_counts: [2] int64; the key blocks kept, and those visible, of all query blocks and heads are added.
+        attend: stage 4.
 
     Returns:
         [T, H, D] in q's dtype.
@@ -246,7 +322,7 @@ def flash_prefill_ref(
         first, num_query_blocks = context_len // config.block_size, mask.shape[1]
         visible = len(mask) * sum(range(first + 1, first + num_query_blocks + 1))
         block_counts += block_counts.new_tensor([int(mask.sum()), visible])
-    return sparse_attention_ref(
+    return attend(
         q, k, v, mask, context_len=context_len, block_size=config.block_size, softmax_scale=softmax_scale, sinks=sinks
     )
 
@@ -276,6 +352,10 @@ def flash_prefill_paged_ref(
     Returns:
         out.
     """
+    attend = sparse_attention_ref
+    if config.compute_dtype == "fp8":
+        scales = dict(q_scale=q_scale, k_scale=kv.k_scale, v_scale=kv.v_scale)
+        attend = functools.partial(sparse_attention_fp8_ref, **scales)
     if is_e4m3(q):
         q = dequantise_queries(q, q_scale, kv.num_heads)
     for request in plan.sparse:
@@ -287,5 +367,6 @@ def flash_prefill_paged_ref(
             prompt_len=request.prompt_len,
             sinks=sinks,
             block_counts=block_counts,
+            attend=attend,
         )
     return out

@@ -139,6 +139,7 @@ def test_on_a_gpu_there_is_the_bar_alone(capsys):
         (["--density", "0.5", "--length", "1000"], "under 4096 tokens are dense"),
         (["--density", "0.5", "--options", '{"alpha": 0.1}'], "--options is for others than alpha"),
         (["--density", "0.5", "--options", '{"min_share": 0.1}'], "min_share is no option any more: "),
+        (["--density", "0.5", "--options", '{"compute_dtype": "fp8"}'], "compute_dtype is for KV caches in e4m3"),
         (["--density", "0.5", "--options", '{"num_dense_layers": -1}'], "num_dense_layers must be an integer"),
         (["--density", "0.5", "--loss", "0.1"], "not allowed with"),
         (["--density", "0.5", "--last", "9000"], "fewer than --last 9000"),

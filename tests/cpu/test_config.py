@@ -39,6 +39,19 @@ def test_each_source_wins_over_the_next():
     assert (config.alpha, config.num_sink_blocks, config.num_window_blocks) == (0.1, 6, 7)
 
 
+def test_an_option_that_is_no_number_comes_from_each_source(monkeypatch):
+    def found(options=None, **environ):
+        return FlashPrefillConfig.from_vllm(vllm_config(options), environ).compute_dtype
+
+    assert found() == "auto"
+    monkeypatch.setitem(PRESETS["llama"], "compute_dtype", "fp8")
+    code = {"FLASHPREFILL_CODE_OPTIONS": '{"compute_dtype": "auto"}'}
+    assert [found(), found(**code)] == ["fp8", "auto"]
+    assert found(**code, FLASHPREFILL_COMPUTE_DTYPE="fp8") == "fp8"
+    assert found({"compute_dtype": "auto"}, FLASHPREFILL_COMPUTE_DTYPE="fp8") == "auto"
+    assert FlashPrefillConfig.from_env({"FLASHPREFILL_COMPUTE_DTYPE": "fp8"}) == FlashPrefillConfig(compute_dtype="fp8")
+
+
 def test_a_model_without_preset_gets_the_default():
     config = FlashPrefillConfig.from_vllm(vllm_config(model_type="unheard_of"), {})
     assert config == FlashPrefillConfig()
@@ -111,6 +124,12 @@ def test_presets_are_valid_options():
         ({"max_density": "0.5"}, "max_density must be a number in [0, 1], not '0.5'"),
         ({"max_density": True}, "max_density must be a number in [0, 1], not True"),
         ({"max_density": float("nan")}, "max_density must be a number in [0, 1], not nan"),
+        ({"compute_dtype": "bf16"}, "compute_dtype must be one of ('auto', 'fp8'), not 'bf16'"),
+        ({"compute_dtype": "FP8"}, "compute_dtype must be one of ('auto', 'fp8'), not 'FP8'"),
+        ({"compute_dtype": ""}, "compute_dtype must be one of ('auto', 'fp8'), not ''"),
+        ({"compute_dtype": 8}, "compute_dtype must be one of ('auto', 'fp8'), not 8"),
+        ({"compute_dtype": None}, "compute_dtype must be one of ('auto', 'fp8'), not None"),
+        ({"compute_dtype": ["fp8"]}, "compute_dtype must be one of ('auto', 'fp8'), not ['fp8']"),
         ({"num_sink_blocks": -1}, "num_sink_blocks must be an integer in [0, 2147483647], not -1"),
         ({"num_window_blocks": 0}, "num_window_blocks must be an integer in [1, 2147483647], not 0"),
         ({"num_dense_layers": 2.0}, "num_dense_layers must be an integer in [0, 2147483647], not 2.0"),
@@ -186,6 +205,9 @@ def test_options_that_are_no_object():
         ({"FLASHPREFILL_PIECE_SIZE": "8.0"}, "FLASHPREFILL_PIECE_SIZE must be an integer, not '8.0'"),
         ({"FLASHPREFILL_PIECE_SIZE": "6"}, "piece_size must be one of (0, 4, 8, 16, 32, 64), not 6"),
         ({"FLASHPREFILL_ALPHA": "7"}, "alpha must be a number in [0, 1], not 7.0"),
+        ({"FLASHPREFILL_COMPUTE_DTYPE": "e4m3"}, "compute_dtype must be one of ('auto', 'fp8'), not 'e4m3'"),
+        ({"FLASHPREFILL_COMPUTE_DTYPE": "8"}, "compute_dtype must be one of ('auto', 'fp8'), not '8'"),
+        ({"FLASHPREFILL_COMPUTE_TYPE": "fp8"}, "FLASHPREFILL_COMPUTE_TYPE; did you mean FLASHPREFILL_COMPUTE_DTYPE?"),
         ({"FLASHPREFILL_SERVICE": "1"}, "unknown environment variable FLASHPREFILL_SERVICE; "),
         ({"FLASHPREFILL_PORTS": "1"}, "unknown environment variable FLASHPREFILL_PORTS; "),
         ({"FLASHPREFILL_CODE_OPTIONS": "5"}, "FLASHPREFILL_CODE_OPTIONS must be a JSON object of options, not '5'"),

@@ -62,6 +62,11 @@ def bad_calls(device):
         torch.tensor([0.0, 300.0]), torch.tensor([[0, 300]]),
     ):  # fmt: skip
         calls.append(("cu_seqlens", lambda bounds=bounds: flash_prefill_varlen(q[0], k[0], v[0], bounds)))
+    fp8 = FlashPrefillConfig(compute_dtype="fp8")
+    calls += [
+        ("compute_dtype", lambda: flash_prefill(q, k, v, config=fp8)),
+        ("compute_dtype", lambda: flash_prefill_varlen(q[0], k[0], v[0], [0, 300], config=fp8)),
+    ]
     if torch.device(device).type != "cpu":
         calls += [
             ("q", lambda: flash_prefill(q.float(), k.float(), v.float())),
@@ -89,6 +94,10 @@ def bad_paged_calls(q, elsewhere):
         kv.update({name: arguments.pop(name) for name in FIELDS if name in arguments})
         return name, lambda: flash_prefill_paged(**{**good, "kv": KeyValues(**kv), **arguments})
 
+    in_fp8 = dict(config=dataclasses.replace(config, compute_dtype="fp8"))
+    wide = codes.repeat(1, 1, 1, 4)
+    too_wide = dict(q=q.repeat(1, 1, 4), out=q.repeat(1, 1, 4), k=wide, v=wide, **in_fp8)
+
     def planned(**changes):
         return dataclasses.replace(plan, sparse=(dataclasses.replace(plan.sparse[0], **changes),))
 
@@ -110,7 +119,9 @@ def bad_paged_calls(q, elsewhere):
         call("k", k=cache[:0], v=cache[:0]),
         call("k", k=cache.bfloat16(), v=cache.bfloat16()),
         call("k", k=cache.to(torch.float8_e5m2), v=cache.to(torch.float8_e5m2)),
-        # The CPU takes any strides.
+        call("compute_dtype", **in_fp8),
+        # The CPU takes any heads and strides.
+        *([call("compute_dtype", **too_wide)] if q.device.type != "cpu" else []),
         *([call("k", k=strided[..., ::2])] if q.device.type != "cpu" else []),
         call("k", k=torch.zeros_like(cache, device=elsewhere)),
         call("v", v=cache[0]),

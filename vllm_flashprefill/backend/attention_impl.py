@@ -12,7 +12,13 @@ from vllm_flashprefill.api import flash_prefill_paged
 from vllm_flashprefill.backend.builder import FlashPrefillStep
 from vllm_flashprefill.backend.density_guard import DensityGuard
 from vllm_flashprefill.backend.device_counts import LayerCounts, NoCounts, device_counts
-from vllm_flashprefill.backend.layer_routing import has_e4m3_cache, impl_dense_reason, layer_dense_reason
+from vllm_flashprefill.backend.layer_routing import (
+    has_e4m3_cache,
+    impl_dense_reason,
+    layer_config,
+    layer_dense_reason,
+    say_quantised_cache,
+)
 from vllm_flashprefill.config import FlashPrefillConfig, strict
 from vllm_flashprefill.counters import recorder
 from vllm_flashprefill.kernels.workspace import Workspace
@@ -47,8 +53,11 @@ class FlashPrefillImplMixin:
         from vllm.config import get_current_vllm_config
 
         super().__init__(*args, **kwargs)
-        self.flashprefill_config = FlashPrefillConfig.from_vllm(get_current_vllm_config())
         self.is_draft = in_draft_model()
+        vllm_config = get_current_vllm_config()
+        config = FlashPrefillConfig.from_vllm(vllm_config)
+        self.flashprefill_config = layer_config(self, config, vllm_config.cache_config)
+        say_quantised_cache(self, vllm_config.cache_config)
         self._dense_reason_known = False
         self._dense_reason: DenseReason | None = None
 

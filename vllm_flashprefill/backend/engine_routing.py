@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_flashprefill.backend.layer_routing import E4M3_CACHE_DTYPES, PLAIN_CACHE_DTYPES
-from vllm_flashprefill.checks import DTYPES, HEAD_SIZES, PAGE_SIZE_MULTIPLE
+from vllm_flashprefill.backend.layer_routing import E4M3_CACHE_DTYPES, E4M3_SCALES, PLAIN_CACHE_DTYPES
+from vllm_flashprefill.checks import DTYPES, FP8_HEAD_SIZES, HEAD_SIZES, PAGE_SIZE_MULTIPLE, fp8_misfit
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
 
@@ -38,6 +38,34 @@ def engine_dense_reason(
         or _length_reason(model, config)
         or ("alpha is 0, which keeps every block; raise it" if config.alpha == 0 else None)
     )
+
+
+def check_compute_dtype(vllm_config: Any, config: FlashPrefillConfig, capability: tuple[int, int] | None) -> None:
+    """See that an engine's products can be in e4m3 where `compute_dtype` asks for it, as far as is known.
+
+    Args:
+        vllm_config, capability: as of `engine_dense_reason`.
+
+    Raises:
+        ValueError: they cannot; the message says what to do.
+    """
+    if config.compute_dtype != "fp8":
+        return
+    model, cache = vllm_config.model_config, getattr(vllm_config, "cache_config", None)
+    parallel = getattr(vllm_config, "parallel_config", None)
+    if _model_reason(model) or _parallel_reason(parallel) or _layers_reason(model, cache, config):
+        # All layers are dense whatever the cache and the GPU are, which is warned of.
+        return
+    cache_dtype = getattr(cache, "cache_dtype", "auto")
+    # What a quantised checkpoint declares may be left to the layers.
+    is_e4m3 = cache_dtype in E4M3_CACHE_DTYPES or (
+        cache_dtype == "auto" and getattr(model, "quantization", None) is not None
+    )
+    head_size = _head_size(model)
+    # Layers with heads of no size that the kernels take are dense.
+    head_size = head_size if head_size in HEAD_SIZES else FP8_HEAD_SIZES[0]
+    if (misfit := fp8_misfit(capability, is_e4m3, head_size)) is not None:
+        raise ValueError(f"flashprefill: compute_dtype {misfit}")
 
 
 def layer_dense_words(vllm_config: Any, config: FlashPrefillConfig) -> list[str | None]:
@@ -91,7 +119,10 @@ def _cache_reason(cache: Any, capability: tuple[int, int] | None) -> str | None:
     cache_dtype = getattr(cache, "cache_dtype", "auto")
     if cache_dtype not in PLAIN_CACHE_DTYPES and not getattr(cache, "kv_cache_dtype_skip_layers", None):
         if cache_dtype not in E4M3_CACHE_DTYPES:
-            return f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, float16 or fp8"
+            return (
+                f"the KV cache is {cache_dtype}; ask for --kv-cache-dtype bfloat16, float16 or fp8, which is e4m3 with "
+                f"{E4M3_SCALES}"
+            )
         if capability is None or capability[0] not in NEWER_FLASH_ATTENTION:
             return f"the KV cache is {cache_dtype}, which is sparse on Hopper GPUs; ask for --kv-cache-dtype bfloat16"
     page_size = getattr(cache, "block_size", None)
@@ -119,14 +150,18 @@ def _gpu_reason(model: Any, capability: tuple[int, int]) -> str | None:
         )
     if getattr(model, "dtype", DTYPES[0]) not in DTYPES:
         return "the kernels take bfloat16 and float16; ask for --dtype bfloat16"
+    head_size = _head_size(model)
+    if head_size is not None and head_size not in HEAD_SIZES:
+        return f"the kernels take heads of {', '.join(map(str, HEAD_SIZES))}, and this model's are of {head_size}"
+    return None
+
+
+def _head_size(model: Any) -> int | None:
     try:
-        head_size = model.get_head_size()
+        return model.get_head_size()
     except Exception:
         # Of a config that says it by layer, or not at all.
         return None
-    if head_size not in HEAD_SIZES:
-        return f"the kernels take heads of {', '.join(map(str, HEAD_SIZES))}, and this model's are of {head_size}"
-    return None
 
 
 def _layers_reason(model: Any, cache: Any, config: FlashPrefillConfig) -> str | None:

@@ -49,6 +49,7 @@ class FlashAttnImplMixin(FlashPrefillImplMixin):
                 max_query_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                 max_seq_len=vllm_config.model_config.max_model_len,
                 num_pieces=self.flashprefill_config.num_pieces,
+                fp8_products=self.flashprefill_config.compute_dtype == "fp8",
                 device=device,
             )
         )

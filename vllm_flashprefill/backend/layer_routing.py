@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from vllm_flashprefill.checks import HEAD_SIZES, fp8_misfit
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.routing import DenseReason
+
+logger = logging.getLogger("vllm.flashprefill")
 
 # vLLM's names of caches that hold what the model computes.
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 # Of caches in e4m3 with one scale for all keys of a layer and one for its values, or one for each KV head.
 E4M3_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+E4M3_SCALES = "one scale, or one for each KV head"
 
 
 def layer_dense_reason(impl: Any, layer_name: str, config: FlashPrefillConfig) -> DenseReason | None:
@@ -77,6 +86,56 @@ def impl_dense_reason(impl: Any) -> DenseReason | None:
         # A chunk's start within a block changes what is selected, and other requests move where chunks start.
         return DenseReason.BATCH_INVARIANT
     return None
+
+
+def say_quantised_cache(impl: Any, cache_config: Any) -> None:
+    """Say, once for each kind of cache, that layers stay dense for it, where no warning says it of the whole engine.
+
+    Args:
+        impl: as of `impl_dense_reason`.
+        cache_config: vLLM's, of the engine.
+    """
+    if impl_dense_reason(impl) is not DenseReason.QUANTIZED_KV_CACHE:
+        return
+    has_others = bool(getattr(cache_config, "kv_cache_dtype_skip_layers", None))
+    if has_others or getattr(cache_config, "cache_dtype", None) != impl.kv_cache_dtype:
+        _warn_cache(impl.kv_cache_dtype, getattr(impl, "takes_e4m3", False))
+
+
+@functools.cache
+def _warn_cache(dtype: str, takes_e4m3: bool) -> None:
+    logger.warning(
+        "FlashPrefill: layers with a KV cache in %s stay dense: what is read is %s",
+        dtype,
+        f"16 bits, or e4m3 with {E4M3_SCALES}" if takes_e4m3 else "16 or 32 bits, on a CPU",
+    )
+
+
+def layer_config(impl: Any, config: FlashPrefillConfig, cache_config: Any) -> FlashPrefillConfig:
+    """An engine's config as it is for a layer: one that vLLM was told to leave in 16 bits has its products there too.
+
+    Args:
+        impl: as of `impl_dense_reason`, with `head_size` and `is_draft`.
+        cache_config: vLLM's, of the engine.
+
+    Raises:
+        ValueError: the layer may be sparse, and its products cannot be in e4m3 as `compute_dtype` asks.
+    """
+    if config.compute_dtype != "fp8" or impl.is_draft or impl.head_size not in HEAD_SIZES:
+        return config
+    if impl_dense_reason(impl) not in (None, DenseReason.QUANTIZED_KV_CACHE):
+        return config
+    is_e4m3 = has_e4m3_cache(impl)
+    if not is_e4m3 and getattr(cache_config, "cache_dtype", None) in E4M3_CACHE_DTYPES:
+        return dataclasses.replace(config, compute_dtype="auto")
+    if (misfit := fp8_misfit(gpu_capability(), is_e4m3, impl.head_size)) is not None:
+        raise ValueError(f"flashprefill: compute_dtype {misfit}")
+    return config
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Of the worker's GPU; None where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def has_e4m3_cache(impl: Any) -> bool:

@@ -91,6 +91,8 @@ def _check(builder: Any, layer: Any) -> None:
     impl, device = layer.impl, torch.device(builder.device)
     scheduler, model = builder.vllm_config.scheduler_config, builder.vllm_config.model_config
     config = _all_kept(builder.flashprefill_config)
+    # A layer's own, where vLLM leaves its cache in 16 bits.
+    config = dataclasses.replace(config, compute_dtype=impl.flashprefill_config.compute_dtype)
     if _num_queries(config) > min(scheduler.max_num_batched_tokens, model.max_model_len):
         config = dataclasses.replace(config, num_sink_blocks=0, num_window_blocks=1)
     batch = _Batch(config, _page_size(builder), device)

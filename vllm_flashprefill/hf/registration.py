@@ -22,13 +22,14 @@ def register(**options: Any) -> None:
         options: fields of `FlashPrefillConfig`; environment variables win over them.
 
     Raises:
-        ValueError: an unknown option or variable, a wrong type or a value out of range.
+        ValueError: an unknown option or variable, a wrong type or a value out of range, or one that is vLLM's alone.
         RuntimeError: transformers is missing or too old, or a registration with other options before.
     """
     global _options
     FlashPrefillConfig.from_options(options)
     environ = env_options()
-    FlashPrefillConfig.from_options(environ, options)
+    if FlashPrefillConfig.from_options(environ, options).compute_dtype != "auto":
+        raise ValueError('flashprefill: compute_dtype is for KV caches in e4m3, as vLLM has them; leave it at "auto"')
     if _options is not None:
         if options != _options:
             raise RuntimeError(

@@ -11,7 +11,8 @@ from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels.block_mean import MEAN_DTYPE, block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.schedule import Schedule
-from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+from vllm_flashprefill.kernels.sparse_attention import sparse_attention, takes_fp8_products
+from vllm_flashprefill.kernels.value_tiles import value_tiles
 from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.key_values import KeyValues, codes
 
@@ -53,11 +54,16 @@ def run_stages(
     lists, counts = list_scratch(q, schedule, workspace)
     shared = dict(lists=lists, counts=counts, softmax_scale=softmax_scale, q_scale=q_scale)
     select = functools.partial(block_select, pieces=pieces, config=config, scores=scores, block_counts=block_counts)
+    tiles = None
+    if config.compute_dtype == "fp8" and takes_fp8_products(q, kv):
+        tiles = workspace.empty((*mean.shape, config.block_size), torch.uint8)
+        value_tiles(kv, schedule, tiles)
+    attend = functools.partial(sparse_attention, value_tiles=tiles)
     for slab in schedule.slabs:
         select(q, mean, schedule, slab, **shared)
         if mark is not None:
             mark()
-        sparse_attention(q, kv, schedule, slab, sinks=sinks, out=out, **shared)
+        attend(q, kv, schedule, slab, sinks=sinks, out=out, **shared)
         if mark is not None:
             mark()
     return out

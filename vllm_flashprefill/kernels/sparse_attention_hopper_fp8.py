@@ -1,9 +1,9 @@
 """Stage 4 on Hopper with products in e4m3: queries, keys and values as codes, and probabilities rounded to them.
 
-The kernel of `sparse_attention_hopper` but for three things. The tensor cores want e4m3 operands with what is summed over
-side by side, so values come from `value_tiles`, which has transposed them. Probabilities are multiplied by 256, so that
-few are below e4m3's least. And an accumulator of e4m3 products holds some 14 bits, so those of a few tiles are added up
-in float32, in shared memory.
+The kernel of `sparse_attention_hopper` but for three things. The tensor cores want e4m3 operands with what is summed
+over side by side, so values come from `value_tiles`, which has transposed them. Probabilities are multiplied by 256, so
+that few are below e4m3's least. And an accumulator of e4m3 products holds some 14 bits, so those of a few tiles are
+added up in float32, in shared memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from vllm_flashprefill.key_values import KeyValues
 P_EXPONENT = gl.constexpr(8)
 
 # Tiles whose products one accumulator adds up before they go to the sums in float32.
-TILES_A_SUM = gl.constexpr(8)
+TILES_A_SUM = gl.constexpr(16)
 # Of these sums in shared memory: 8 threads' rows lie in different banks.
 SUM_LAYOUT = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
 
@@ -73,16 +73,16 @@ def _consumer(
         out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, scales, first_item, base_scale, stride_ob, stride_ot,
         stride_oh, sums, shared,
     ) = args  # fmt: skip
-    q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, nothing = shared
+    q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = shared
     ROWS: gl.constexpr = BLOCK // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE, 32])
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 4)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 4)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-    offs_m = HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    offs_m = HALF * ROWS + gl.arange(0, ROWS, layout=row_layout)
     offs_n = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s_layout))
     sum_buffer = sums.index(HALF)
 
@@ -96,7 +96,7 @@ def _consumer(
         query_block = gl.load(item_ptr + columns.QUERY_BLOCK)
         count = gl.load(counts_ptr + pair)
         scale, v_scale = _scales(base_scale, scales, pair % NUM_HEADS // GROUP, True)
-        q = q_buffers.index(HALF).load(q_layout)
+        q = q_buffers.index(HALF)
 
         # The query's own block, causal.
         slot = step % STAGES
@@ -106,23 +106,36 @@ def _consumer(
         mbarrier.arrive(k_free.index(slot), count=1)
         s = gl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))
         row_max = gl.max(s, axis=1) * scale
-        p = gl.exp2(s * scale - (row_max - P_EXPONENT)[:, None])
-        row_sum = gl.sum(p, axis=1)
+        # log2 of the probabilities.
+        x = s * scale - (row_max - P_EXPONENT)[:, None]
+        row_sum = gl.zeros([ROWS], gl.float32, row_layout)
+        # Of what is summed up so far, to the maximum that now is.
+        correction = gl.full([ROWS], 1.0, gl.float32, row_layout)
         acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, acc_layout)
         sum_buffer.store(acc)
-        sum_max = row_max
+        # Triton would not carry it around the loop if it began as the same value as row_max.
+        sum_max = row_max + 0.0
 
-        # The rest: every row sees them whole, and all their tokens exist.
+        # The rest: every row sees them whole, and all their tokens exist. A tile's scores run under the exponentials of
+        # the one before, whose product with values runs under the maximum of these scores.
         for tile in range(1, count):
             v_slot = step % STAGES
             v_phase = step // STAGES & 1
             step += 1
             slot = step % STAGES
-            p_run = _operand(p, p_layout)
             mbarrier.wait(k_ready.index(slot), step // STAGES & 1)
             s_run = warpgroup_mma(
                 q, k_buffers.index(slot).permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
             )
+            p = gl.exp2(x)
+            row_sum = row_sum * correction + gl.sum(p, axis=1)
+            acc = acc * gl.convert_layout(correction, acc_row_layout)[:, None]
+            if tile % TILES_A_SUM == 0:
+                sum_correction = gl.convert_layout(gl.exp2(sum_max - row_max), acc_row_layout)[:, None]
+                sum_buffer.store(sum_buffer.load(acc_layout) * sum_correction + acc)
+                sum_max = row_max
+                acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, acc_layout)
+            p_run = _operand(p, p_layout)
             mbarrier.wait(v_ready.index(v_slot), v_phase)
             acc_run = warpgroup_mma(
                 p_run, v_buffers.index(v_slot).permute((1, 0)), warpgroup_mma_init(acc), is_async=True
@@ -130,22 +143,18 @@ def _consumer(
             s = warpgroup_mma_wait(1, deps=[s_run])
             mbarrier.arrive(k_free.index(slot), count=1)
             new_max = gl.maximum(row_max, gl.max(s, axis=1) * scale)
-            p = gl.exp2(s * scale - (new_max - P_EXPONENT)[:, None])
+            x = s * scale - (new_max - P_EXPONENT)[:, None]
             correction = gl.exp2(row_max - new_max)
-            row_sum = row_sum * correction + gl.sum(p, axis=1)
             row_max = new_max
-            # Already complete. Its branch keeps ptxas from waiting for the product before the softmax.
+            # Already complete. Its branch keeps ptxas from waiting for the product before the maximum.
             mbarrier.wait(v_ready.index(v_slot), v_phase)
-            acc, p = warpgroup_mma_wait(0, deps=[acc_run, p])
+            acc, x = warpgroup_mma_wait(0, deps=[acc_run, x])
             mbarrier.arrive(v_free.index(v_slot), count=1)
-            acc = acc * gl.convert_layout(correction, acc_row_layout)[:, None]
-            if tile % TILES_A_SUM == 0:
-                sum_correction = gl.convert_layout(gl.exp2(sum_max - row_max), acc_row_layout)[:, None]
-                sum_buffer.store(sum_buffer.load(acc_layout) * sum_correction + acc)
-                sum_max = row_max
-                acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, acc_layout)
 
         mbarrier.arrive(q_free, count=1)
+        p = gl.exp2(x)
+        row_sum = row_sum * correction + gl.sum(p, axis=1)
+        acc = acc * gl.convert_layout(correction, acc_row_layout)[:, None]
         slot = step % STAGES
         mbarrier.wait(v_ready.index(slot), step // STAGES & 1)
         acc = warpgroup_mma(_operand(p, p_layout), v_buffers.index(slot).permute((1, 0)), acc)

@@ -1,4 +1,4 @@
-"""Values of each key block in e4m3, transposed, for products in e4m3, whose tokens the tensor cores want side by side."""
+"""Values of each key block, transposed: of an e4m3 product the tensor cores want the tokens side by side."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.block_mean import MAX_REQUESTS
 from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.key_values import KeyValues
-
-# Of scratch, which an engine reserves: values of 512K tokens of 8 heads of 128.
-MAX_BYTES = 512 << 20
 
 
 @triton.jit
@@ -71,10 +68,6 @@ def _value_tiles_kernel(
     for n in tl.static_range(4):
         word = _byte(a, n) | (_byte(b, n) << 8) | (_byte(c, n) << 16) | (_byte(d, n) << 24)
         tl.store(to_ptrs + n * (BLOCK // 4), word)
-
-
-def value_tiles_shape(num_heads: int, num_mean_rows: int, head_size: int) -> tuple[int, int, int, int]:
-    return num_heads, num_mean_rows, head_size, BLOCK_SIZE
 
 
 def value_tiles(kv: KeyValues, schedule: Schedule, out: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,7 @@ def scratch_bytes(
     max_query_tokens: int,
     max_seq_len: int,
     num_pieces: int,
+    fp8_products: bool,
     device: torch.device,
 ) -> int:
     """What the pipeline takes for the largest step: one sequence of `max_seq_len`, the step's others whole prompts.
@@ -71,7 +72,9 @@ def scratch_bytes(
     query_blocks = 2 * -(-max_query_tokens // BLOCK_SIZE) + 1
     mean = num_kv_heads * (key_blocks + query_blocks) * head_size * 2
     pieces = num_pieces * mean
+    # Of each mean, in 2 bytes, the values of a block in 1.
+    value_tiles = mean * BLOCK_SIZE // 2 if fp8_products else 0
     scores = num_select_programs(device, head_size, num_pieces > 0) * key_blocks * 4
     list_slots = min(query_blocks * key_blocks, max(LIST_BYTES // (4 * num_heads), key_blocks))
     counts = query_blocks * num_heads * 4
-    return mean + pieces + scores + list_slots * num_heads * 4 + counts + 5 * ALIGNMENT
+    return mean + pieces + value_tiles + scores + list_slots * num_heads * 4 + counts + 6 * ALIGNMENT

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from vllm_flashprefill.backend.engine_routing import engine_dense_reason
+from vllm_flashprefill.backend.engine_routing import check_compute_dtype, engine_dense_reason
 from vllm_flashprefill.config import ENV_ENABLE, FlashPrefillConfig
 from vllm_flashprefill.counters import of_parents_engine
 from vllm_flashprefill.patches import undo
@@ -29,6 +29,7 @@ def check_engines() -> None:
     def check(vllm_config: Any) -> None:
         check_device()
         config = FlashPrefillConfig.from_vllm(vllm_config)
+        check_compute_dtype(vllm_config, config, backend_and_capability(vllm_config)[1])
         logger.info("FlashPrefill: %s", config)
         _warn_if_nothing_is_pruned(vllm_config, config)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend.engine_routing import engine_dense_reason
+from vllm_flashprefill.backend.engine_routing import check_compute_dtype, engine_dense_reason
 
 LAYERS = 4
 
@@ -26,13 +26,16 @@ def model(**changes):
     return SimpleNamespace(**{**plain, **changes})
 
 
-def reason(backend=None, capability=(9, 0), cache=None, parallel=None, options=None, **changes):
-    vllm_config = SimpleNamespace(
+def engine(cache=None, parallel=None, **changes):
+    return SimpleNamespace(
         model_config=model(**changes),
         cache_config=SimpleNamespace(**{"cache_dtype": "auto", "sliding_window": None, **(cache or {})}),
         parallel_config=SimpleNamespace(**(parallel or {})),
     )
-    return engine_dense_reason(vllm_config, FlashPrefillConfig(**(options or {})), backend, capability)
+
+
+def reason(backend=None, capability=(9, 0), options=None, **changes):
+    return engine_dense_reason(engine(**changes), FlashPrefillConfig(**(options or {})), backend, capability)
 
 
 @pytest.mark.parametrize("backend", [None, "FLASH_ATTN", "FLASH_ATTN_VLLM_V1", "CUSTOM", "CPU_ATTN"])
@@ -91,6 +94,8 @@ def test_where_something_can_be_pruned_there_is_no_warning(engine):
             "cache is fp8_e5m2; ask for --kv-cache-dtype bfloat16, float16 or fp8",
         ),
         ({"cache": {"cache_dtype": "nvfp4"}}, "the KV cache is nvfp4; ask for"),
+        ({"cache": {"cache_dtype": "fp8_per_token_head"}}, "the KV cache is fp8_per_token_head; ask for"),
+        ({"cache": {"cache_dtype": "fp8_per_token_head"}}, "or fp8, which is e4m3 with one scale, or one for each KV"),
         ({"cache": {"cache_dtype": "int8_per_token_head"}}, "the KV cache is int8_per_token_head; ask for"),
         (
             {"cache": {"cache_dtype": "fp8"}, "capability": (8, 9)},
@@ -146,3 +151,49 @@ def test_a_config_that_is_not_understood_is_no_reason():
 def test_what_does_not_depend_on_the_batch_cannot_be_pruned(monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert "unset VLLM_BATCH_INVARIANT" in reason()
+
+
+FP8 = {"cache_dtype": "fp8"}
+
+
+@pytest.mark.parametrize(
+    "capability, changes, says",
+    [
+        (None, {"cache": FP8}, "is for Hopper GPUs (compute capability 9.0), and there is no GPU; leave it at"),
+        ((8, 0), {"cache": FP8}, "this one has 8.0"),
+        ((8, 9), {}, "this one has 8.9"),
+        ((10, 0), {"cache": FP8}, "this one has 10.0"),
+        ((9, 0), {}, "is for KV caches in e4m3; ask vLLM for --kv-cache-dtype fp8, or leave it at"),
+        ((9, 0), {"cache": {"cache_dtype": "bfloat16"}, "quantization": "fp8"}, "is for KV caches in e4m3"),
+        ((9, 0), {"cache": {"cache_dtype": "fp8_e5m2"}}, "is for KV caches in e4m3"),
+        ((9, 0), {"cache": FP8, "head_size": 256}, "is for heads of 64 or 128, not of 256"),
+    ],
+)
+def test_products_in_e4m3_that_cannot_be_are_an_error_when_an_engine_is_configured(capability, changes, says):
+    with pytest.raises(ValueError) as error:
+        check_compute_dtype(engine(**changes), FlashPrefillConfig(compute_dtype="fp8"), capability)
+    assert says in str(error.value) and str(error.value).startswith('flashprefill: compute_dtype "fp8" is for ')
+
+
+@pytest.mark.parametrize(
+    "capability, changes",
+    [
+        ((9, 0), {"cache": FP8}),
+        ((9, 0), {"cache": {"cache_dtype": "fp8_e4m3"}, "head_size": 64}),
+        ((9, 0), {"cache": {**FP8, "kv_cache_dtype_skip_layers": ["0"]}}),
+        ((9, 0), {"quantization": "compressed-tensors"}),
+        ((9, 0), {"cache": FP8, "hf_text_config": None}),
+        # Dense anyway.
+        ((8, 0), {"use_mla": True}),
+        ((8, 0), {"cache": {"sliding_window": 4096}}),
+        ((9, 0), {"parallel": {"decode_context_parallel_size": 2}}),
+        ((9, 0), {"cache": FP8, "head_size": 96}),
+    ],
+)
+def test_an_engine_whose_products_can_be_in_e4m3_or_that_is_dense_anyway_starts(capability, changes):
+    check_compute_dtype(engine(**changes), FlashPrefillConfig(compute_dtype="fp8"), capability)
+
+
+def test_products_in_16_bits_are_had_everywhere():
+    for capability in (None, (8, 0), (9, 0)):
+        check_compute_dtype(engine(head_size=256), FlashPrefillConfig(), capability)

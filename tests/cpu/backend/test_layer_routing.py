@@ -1,10 +1,18 @@
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vllm_flashprefill import FlashPrefillConfig
-from vllm_flashprefill.backend.layer_routing import check_layer_names, layer_dense_reason, layer_index
+from vllm_flashprefill.backend import layer_routing
+from vllm_flashprefill.backend.layer_routing import (
+    check_layer_names,
+    layer_config,
+    layer_dense_reason,
+    layer_index,
+    say_quantised_cache,
+)
 from vllm_flashprefill.routing import DenseReason
 
 CONFIG = FlashPrefillConfig(min_sparse_tokens=1024)
@@ -57,6 +65,82 @@ def impl(**attributes):
 )
 def test_route_of_a_layer(attributes, reason):
     assert layer_dense_reason(impl(**attributes), "model.layers.3.self_attn.attn", CONFIG) == reason
+
+
+FP8 = FlashPrefillConfig(compute_dtype="fp8")
+
+
+def config_of(capability, monkeypatch, engine_cache="fp8", **attributes):
+    monkeypatch.setattr(layer_routing, "gpu_capability", lambda: capability)
+    defaults = dict(head_size=128, is_draft=False, takes_e4m3=True, kv_cache_dtype=engine_cache)
+    return layer_config(impl(**defaults | attributes), FP8, SimpleNamespace(cache_dtype=engine_cache))
+
+
+@pytest.mark.parametrize(
+    ("capability", "attributes", "says"),
+    [
+        (None, {}, 'for Hopper GPUs (compute capability 9.0), and there is no GPU; leave it at "auto"'),
+        ((8, 0), {}, 'for Hopper GPUs (compute capability 9.0), and this one has 8.0; leave it at "auto"'),
+        ((10, 0), {}, "and this one has 10.0"),
+        ((9, 0), {"engine_cache": "auto"}, "for KV caches in e4m3; ask vLLM for --kv-cache-dtype fp8, or leave it at"),
+        ((9, 0), {"engine_cache": "bfloat16"}, "for KV caches in e4m3; ask"),
+        ((9, 0), {"engine_cache": "fp8_e5m2"}, "for KV caches in e4m3; ask"),
+        ((9, 0), {"head_size": 256}, 'for heads of 64 or 128, not of 256; leave it at "auto"'),
+    ],
+)
+def test_products_in_e4m3_that_cannot_be_are_an_error_when_a_layer_is_made(capability, attributes, says, monkeypatch):
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        config_of(capability, monkeypatch, **attributes)
+    assert str(error.value).startswith('flashprefill: compute_dtype "fp8" is for ')
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"sliding_window": 512}, {"is_draft": True}, {"head_size": 96}, {"attn_type": "encoder"}, {"alibi_slopes": [1.0]}],
+)
+def test_layers_that_are_dense_anyway_take_any_compute_dtype(attributes, monkeypatch):
+    assert config_of((8, 0), monkeypatch, engine_cache="auto", **attributes) is FP8
+
+
+def test_a_layer_left_in_16_bits_has_its_products_in_16_bits(monkeypatch):
+    assert config_of((9, 0), monkeypatch) is FP8
+    assert config_of((9, 0), monkeypatch, kv_cache_dtype="auto") == FlashPrefillConfig()
+    cache = SimpleNamespace(cache_dtype="fp8")
+    assert layer_config(impl(head_size=256, is_draft=False), CONFIG, cache) is CONFIG
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(layer_routing.logger, "warning", lambda text, *values: lines.append(text % values))
+    layer_routing._warn_cache.cache_clear()
+    return lines
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e5m2", "fp8_per_token_head", "int8_per_token_head", "nvfp4"])
+def test_a_cache_that_some_layers_have_and_is_not_read_is_named_once(dtype, said):
+    cache = SimpleNamespace(cache_dtype=dtype, kv_cache_dtype_skip_layers=["3"])
+    for _ in range(2):
+        say_quantised_cache(impl(kv_cache_dtype=dtype, takes_e4m3=True), cache)
+    say_quantised_cache(impl(takes_e4m3=True), cache)
+    assert said == [
+        f"FlashPrefill: layers with a KV cache in {dtype} stay dense: what is read is 16 bits, or e4m3 with one scale, "
+        "or one for each KV head"
+    ]
+
+
+def test_on_a_cpu_e4m3_is_not_read_either(said):
+    say_quantised_cache(impl(kv_cache_dtype="fp8"), SimpleNamespace(cache_dtype="auto"))
+    (line,) = said
+    assert line.endswith("layers with a KV cache in fp8 stay dense: what is read is 16 or 32 bits, on a CPU")
+
+
+def test_a_cache_that_makes_the_engine_dense_is_said_of_the_engine_alone(said):
+    cache = SimpleNamespace(cache_dtype="nvfp4", kv_cache_dtype_skip_layers=[])
+    say_quantised_cache(impl(kv_cache_dtype="nvfp4", takes_e4m3=True), cache)
+    say_quantised_cache(impl(kv_cache_dtype="nvfp4", takes_e4m3=True, sliding_window=512), SimpleNamespace())
+    say_quantised_cache(impl(kv_cache_dtype="fp8", takes_e4m3=True), SimpleNamespace(cache_dtype="auto"))
+    assert said == []
 
 
 def test_first_layers_can_be_dense():

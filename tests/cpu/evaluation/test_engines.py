@@ -126,6 +126,9 @@ def test_settings_of_the_command_line(monkeypatch):
     assert parsed(monkeypatch, "--alpha", "default,0.02").setting == [{}, {"alpha": 0.02}]
     several = parsed(monkeypatch, "--setting", "alpha=0.08,piece_size=0", "--setting", "default", "--alpha", "0.1")
     assert several.setting == [{"alpha": 0.1}, {"alpha": 0.08, "piece_size": 0}, {}]
+    assert parsed(monkeypatch, "--setting", "compute_dtype=fp8,alpha=0.1").setting == [
+        {"compute_dtype": "fp8", "alpha": 0.1}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,7 @@ def test_settings_of_the_command_line(monkeypatch):
         (["--setting", "alpha=2"], "alpha must be a number in [0, 1], not 2"),
         (["--setting", "alpha"], "'alpha' is not default, nor NAME=NUMBER"),
         (["--setting", "alpha=much"], "'alpha=much' is not default, nor NAME=NUMBER"),
+        (["--setting", "compute_dtype=8"], "compute_dtype must be one of ('auto', 'fp8'), not '8'"),
         (["--setting", "min_share=0.1"], "min_share is no option any more"),
         (["--setting", "num_dense_layers=2"], "num_dense_layers is fixed while an engine runs"),
         (["--alpha", "0.1,alot"], "'alpha=alot' is not default"),
@@ -199,6 +203,8 @@ def test_a_setting_is_named_by_alpha_and_what_is_not_the_packages():
     assert evaluation_engine.setting_name(config, {}) == "alpha 0.08, num_sink_blocks 1, piece_size 0"
     assert evaluation_engine.setting_name(config, {"num_sink_blocks": 1}) == "alpha 0.08, piece_size 0"
     assert evaluation_engine.setting_name(FlashPrefillConfig(), {"max_density": 1.0}) == "alpha 0.05, max_density 0.8"
+    fp8 = FlashPrefillConfig(compute_dtype="fp8")
+    assert evaluation_engine.setting_name(fp8, {}) == "alpha 0.05, compute_dtype fp8"
 
 
 def engine_class(used):

@@ -76,6 +76,7 @@ def test_each_source_of_options_wins_over_the_next(monkeypatch):
         ({"alpha": 1.5}, "alpha must be a number in"),
         ({"alhpa": 0.1}, "unknown option 'alhpa'; did you mean alpha?"),
         ({"num_window_blocks": 0}, "num_window_blocks must be an integer in [1, "),
+        ({"compute_dtype": "fp8"}, 'compute_dtype is for KV caches in e4m3, as vLLM has them; leave it at "auto"'),
     ],
 )
 def test_bad_options_are_one_clear_error(options, message):

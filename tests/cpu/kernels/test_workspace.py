@@ -68,6 +68,7 @@ def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, c
             max_query_tokens=max(chunk + sum(whole), 2048),
             max_seq_len=longest,
             num_pieces=num_pieces,
+            fp8_products=False,
             device=CPU,
         )
     workspace = Workspace(CPU)
@@ -96,6 +97,7 @@ def test_a_million_tokens_stay_within_the_budget():
             max_seq_len=1 << 20,
             # Engines for sequences this long have pieces of 16 keys.
             num_pieces=8,
+            fp8_products=False,
             device=CPU,
         )
         assert reserved <= 256 << 20

@@ -20,7 +20,7 @@ from tests.support.flash_attn_step import (
 from tests.support.request import Request
 from tests.support.vllm_side import counted, heads_before_tokens
 from vllm_flashprefill import counters
-from vllm_flashprefill.backend import density_guard
+from vllm_flashprefill.backend import density_guard, layer_routing
 from vllm_flashprefill.routing import DenseReason
 
 
@@ -105,6 +105,21 @@ def test_an_e4m3_cache_with_other_scales_is_dense(calls, monkeypatch, caplog, na
         setattr(classes.layer, name, scale)
         assert classes.dense_reason(cache) is DenseReason.QUANTIZED_KV_CACHE
         assert f"layers with a {name[1:]} of shape {tuple(scale.shape)} in {scale.dtype} stay dense" in caplog.text
+
+
+def test_products_in_e4m3_that_cannot_be_are_an_error_when_layers_are_made(calls, monkeypatch):
+    take_e4m3_caches(monkeypatch)
+    monkeypatch.setenv("FLASHPREFILL_COMPUTE_DTYPE", "fp8")
+    for capability, cache, says in (
+        (None, "fp8", "is for Hopper GPUs .* there is no GPU"),
+        ((8, 0), "fp8", r"is for Hopper GPUs .* this one has 8\.0"),
+        ((9, 0), "auto", "is for KV caches in e4m3; ask vLLM for --kv-cache-dtype fp8"),
+    ):
+        monkeypatch.setattr(layer_routing, "gpu_capability", lambda capability=capability: capability)
+        with pytest.raises(ValueError, match=f'^flashprefill: compute_dtype "fp8" {says}'):
+            Classes(EXACT, kv_cache_dtype=cache)
+        assert not Classes(EXACT, kv_cache_dtype=cache, sliding_window=64).impl.may_be_sparse
+    Classes(EXACT, kv_cache_dtype="fp8")
 
 
 def test_a_dense_layer_takes_a_mixed_step_whole(calls):

@@ -58,9 +58,10 @@ def test_this_vllm_is_as_expected(calls, check, config, caplog):
 
 
 @pytest.mark.parametrize("scale", [0.004, 1.0])
-def test_an_e4m3_cache_is_as_expected(calls, check, monkeypatch, caplog, scale):
+@pytest.mark.parametrize("compute_dtype", ["auto", "fp8"])
+def test_an_e4m3_cache_is_as_expected(calls, check, monkeypatch, caplog, scale, compute_dtype):
     e4m3(monkeypatch, scale)
-    _, reason = check(kv_cache_dtype="fp8")
+    _, reason = check(dataclasses.replace(SPARSE, compute_dtype=compute_dtype), kv_cache_dtype="fp8")
     assert reason is None and said_by_us(caplog) == [] and len(calls) > 0
 
 

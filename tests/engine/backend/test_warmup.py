@@ -26,6 +26,7 @@ def test_scratch_is_reserved_with_the_layer(calls, monkeypatch):
         max_query_tokens=MAX_TOKENS,
         max_seq_len=MAX_TOKENS,
         num_pieces=16,
+        fp8_products=False,
         device=torch.device("cpu"),
     )
     assert classes.impl._workspace.num_bytes >= needed > 0

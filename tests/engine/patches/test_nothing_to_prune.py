@@ -78,6 +78,13 @@ def test_an_fp8_cache_is_said(configure, monkeypatch):
     assert "the KV cache is fp8, which is sparse on Hopper GPUs; ask for --kv-cache-dtype bfloat16" in warning
 
 
+@pytest.mark.parametrize("given", ["options", "additional_config"])
+def test_products_in_e4m3_on_a_cpu_are_an_error_before_a_model_loads(given, configure):
+    options = {"compute_dtype": "fp8"}
+    with pytest.raises(ValueError, match=r'^flashprefill: compute_dtype "fp8" is for Hopper GPUs .* there is no GPU'):
+        configure(**{given: options if given == "options" else {"flashprefill": options}})
+
+
 @pytest.mark.parametrize("key", ["flash_prefill", "flashPrefill"])
 def test_a_misspelt_key_is_an_error_before_a_model_loads(key, configure):
     with pytest.raises(ValueError, match=f"unknown key '{key}'; did you mean 'flashprefill'"):

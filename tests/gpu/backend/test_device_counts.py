@@ -60,6 +60,7 @@ def test_scratch_from_a_workspace_changes_nothing(step):
         max_query_tokens=4096,
         max_seq_len=4096,
         num_pieces=16,
+        fp8_products=False,
         device=torch.device("cuda"),
     )
     for num_bytes in (enough, 1000):
