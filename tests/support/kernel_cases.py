@@ -10,16 +10,23 @@ import triton.language as tl
 
 from tests.support.request import paged, structured
 from vllm_flashprefill.config import FlashPrefillConfig
-from vllm_flashprefill.kernels import pipeline
+from vllm_flashprefill.kernels import columns, pipeline
 from vllm_flashprefill.kernels.block_mean import MEAN_DTYPE, block_mean
 from vllm_flashprefill.kernels.block_select import block_select
 from vllm_flashprefill.kernels.fp8 import from_e4m3
 from vllm_flashprefill.kernels.schedule import Schedule, schedule_requests
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
+from vllm_flashprefill.kernels.value_tiles import value_tiles
 from vllm_flashprefill.kernels.workspace import Workspace
 from vllm_flashprefill.key_values import KeyValues, dequantise
 from vllm_flashprefill.plan import SparseRequest, plan_step
-from vllm_flashprefill.reference import block_mean_ref, block_score_ref, block_select_ref, piece_score_ref
+from vllm_flashprefill.reference import (
+    block_mean_ref,
+    block_score_ref,
+    block_select_ref,
+    piece_score_ref,
+    sparse_attention_fp8_ref,
+)
 
 # A score this close to the threshold, in relative terms, may fall on either side: the mean keys are float16.
 TIE = 0.01
@@ -322,6 +329,55 @@ def check_all(batch, config, scale):
     for request, part, mask, got in zip(batch.requests, batch.parts, masks, split(out, batch), strict=True):
         assert_close_attention(got, part, mask, request, scale, batch.sinks)
     return out
+
+
+def check_fp8_products(batch, config, scale):
+    """All stages with products in e4m3: what they make of the kept blocks is as near to exact as the reference's, and
+    nearer to the reference's than that is to exact."""
+    masks, _ = run_select(batch, config, scale)
+    out = torch.full_like(batch.q, torch.nan, dtype=batch.dtype)
+    config = dataclasses.replace(config, compute_dtype="fp8")
+    for _ in range(2):
+        pipeline.run_stages(
+            batch.q, batch.kv, batch.schedule, config=config, softmax_scale=scale, q_scale=batch.q_scale,
+            sinks=batch.sinks, out=out, workspace=nan_workspace(out.device),
+        )  # fmt: skip
+    assert int(batch.schedule.next_pair) == 0, "the counter is left as it was found"
+    for request, part, mask, got in zip(batch.requests, batch.parts, masks, split(out, batch), strict=True):
+        mask = mask.to(out.device)
+        expected = sparse_attention_fp8_ref(
+            *part, mask, context_len=request.context_len, block_size=128, softmax_scale=scale, q_scale=batch.q_scale,
+            k_scale=batch.kv.k_scale, v_scale=batch.kv.v_scale, sinks=batch.sinks,
+        ).double()  # fmt: skip
+        exact, _ = exact_and_plain(*part, mask, request.context_len, scale, batch.sinks)
+        pairs = (expected, exact), (got.double(), exact), (got, expected)
+        allowed, error, apart = (((a - b).norm() / exact.norm()).item() for a, b in pairs)
+        assert 0.001 < allowed < 0.1, "the reference's error is e4m3's"
+        assert error <= 1.1 * allowed + 1e-3, f"error {error:.2e}, the reference's {allowed:.2e}"
+        assert apart <= allowed, f"{apart:.2e} from the reference, which is {allowed:.2e} from exact"
+
+
+def check_value_tiles(batch):
+    """Values of each block, transposed, in the order that a program's registers have probabilities in."""
+    shape = batch.kv.num_heads, batch.schedule.num_mean_rows, batch.q.shape[3], 128
+    tiles = value_tiles(batch.kv, batch.schedule, torch.full(shape, 255, dtype=torch.uint8, device=batch.q.device))
+    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+    order = (16 * torch.arange(8)[:, None] + order).flatten()
+    start = 0
+    for row, request in enumerate(batch.requests):
+        sparse = SparseRequest(
+            row, 0, request.query_len, request.context_len, request.prompt_len,
+            kv_start=int(batch.schedule.requests[row, columns.KV_START]),
+        )  # fmt: skip
+        _, v = batch.kv.of_request(sparse)
+        plain = dataclasses.replace(batch.kv, v_scale=None).of_request(sparse)[1].to(torch.float8_e4m3fn)
+        num_blocks = -(-len(v) // 128)
+        padded = torch.zeros(num_blocks * 128, *v.shape[1:], dtype=torch.uint8, device=v.device)
+        padded[: len(v)] = plain.view(torch.uint8)
+        # [blocks, tokens, G, D] as [G, blocks, D, tokens]
+        expected = padded.unflatten(0, (num_blocks, 128))[:, order.to(v.device)].permute(2, 0, 3, 1)
+        assert torch.equal(tiles[:, start : start + num_blocks], expected)
+        start += num_blocks
 
 
 def check_nan_queries(batch, config, scale):

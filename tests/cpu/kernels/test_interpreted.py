@@ -132,6 +132,19 @@ def test_queries_that_are_not_numbers_interpreted(piece_size):
 
 
 @needs_triton
+def test_values_are_transposed_interpreted():
+    cases = "\n".join(
+        f"check_value_tiles(make_batch(config=sparse_config(), kv_dtype=torch.uint8, kv_scales='head', {batch}))"
+        for batch in (
+            "page_size=16, requests=[Request(300, 340, 128), Request(129)]",
+            "page_size=48, requests=[Request(1), Request(500, 40, 128)], heads_first=True, dim=128",
+            "requests=[Request(257), Request(128)]",
+        )
+    )
+    run_interpreted(IMPORTS + "from tests.support.kernel_cases import check_value_tiles\n" + cases)
+
+
+@needs_triton
 def test_every_e4m3_code_is_read_as_what_it_stands_for():
     run_interpreted("from tests.support.kernel_cases import check_e4m3_codes\ncheck_e4m3_codes('cpu', native=False)")
 

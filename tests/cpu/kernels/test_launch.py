@@ -46,9 +46,9 @@ def cache(page_size=128, dtype=torch.bfloat16, pad=0):
     return KeyValues(*keys_and_values[..., :256].split(128, dim=-1), torch.zeros(1, 4, dtype=torch.int32))
 
 
-def attend(kv):
+def attend(kv, **options):
     q = torch.zeros(1, 5, 4, 128, dtype=torch.bfloat16)
-    sparse_attention.sparse_attention(q, kv, None, None, lists=None, counts=None, softmax_scale=1.0, out=q)
+    sparse_attention.sparse_attention(q, kv, None, None, lists=None, counts=None, softmax_scale=1.0, out=q, **options)
 
 
 def said(caplog):
@@ -106,9 +106,32 @@ def test_pages_shorter_than_a_tile_are_said(launched, caplog, monkeypatch):
     assert "its tiles of 64 tokens need pages of a multiple of that, not of 16" in warning
 
 
-def test_e4m3_has_a_kernel_of_its_own(launched, caplog):
+def test_a_kernel_that_does_not_compile_for_e4m3_is_kept_for_the_rest(launched, caplog):
+    launched.broken = (GLUON,)
     attend(cache(dtype=torch.uint8))
-    assert launched == [TMA] and said(caplog) == []
+    launched.broken = ()
+    attend(cache(dtype=torch.uint8))
+    attend(cache())
+    assert launched == [TMA, TMA, GLUON] and len(said(caplog)) == 1
+
+
+def test_products_in_e4m3_are_of_the_hopper_kernel_alone(launched, caplog, monkeypatch):
+    queries = torch.zeros(1, 5, 4, 128, dtype=torch.bfloat16)
+    e4m3 = cache(dtype=torch.uint8)
+    assert sparse_attention.takes_fp8_products(queries, e4m3)
+    assert not sparse_attention.takes_fp8_products(queries, cache())
+    assert said(caplog) == []
+    # One that did not compile is not asked for again, and the 16-bit ones are as they were.
+    launched.broken = (GLUON,)
+    attend(e4m3, value_tiles=torch.zeros(1))
+    assert not sparse_attention.takes_fp8_products(queries, e4m3)
+    launched.broken = ()
+    attend(e4m3)
+    assert launched == [TMA, GLUON] and len(said(caplog)) == 1
+    monkeypatch.setattr(sparse_attention, "hopper", None)
+    monkeypatch.setattr(sparse_attention, "_broken", set())
+    assert not sparse_attention.takes_fp8_products(queries, e4m3)
+    assert "heads of 128 take a slower kernel than the e4m3 products one: Triton" in said(caplog)[-1]
 
 
 @needs_triton

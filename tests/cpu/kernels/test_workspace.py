@@ -49,8 +49,11 @@ def test_reserving_only_grows():
     st.integers(1, 2000),
     st.sampled_from([4096, 1 << 20, 64 << 20]),
     st.sampled_from([0, 8, 32]),
+    st.booleans(),
 )
-def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, chunk, list_bytes, num_pieces):
+def test_the_largest_step_fits_what_is_reserved(
+    num_heads, context_len, whole, chunk, list_bytes, num_pieces, fp8_products
+):
     """One request of the longest length, whole prompts beside it."""
     requests = [
         SparseRequest(0, 0, chunk, context_len, context_len + chunk),
@@ -68,7 +71,7 @@ def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, c
             max_query_tokens=max(chunk + sum(whole), 2048),
             max_seq_len=longest,
             num_pieces=num_pieces,
-            fp8_products=False,
+            fp8_products=fp8_products,
             device=CPU,
         )
     workspace = Workspace(CPU)
@@ -76,6 +79,7 @@ def test_the_largest_step_fits_what_is_reserved(num_heads, context_len, whole, c
     wanted = [
         ((num_heads, schedule.num_mean_rows, 64), torch.float16),
         *[((num_heads, schedule.num_mean_rows, num_pieces, 64), torch.float16)] * (num_pieces > 0),
+        *[((num_heads, schedule.num_mean_rows, 64, 128), torch.uint8)] * fp8_products,
         ((num_select_programs(CPU, 64, num_pieces > 0), schedule.max_key_blocks), torch.float32),
         ((max(slab.list_slots for slab in schedule.slabs) * num_heads,), torch.int32),
         ((max(slab.num_items for slab in schedule.slabs) * num_heads,), torch.int32),

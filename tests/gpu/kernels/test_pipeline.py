@@ -9,8 +9,10 @@ from tests.support.kernel_cases import (
     check_all,
     check_attention,
     check_e4m3_codes,
+    check_fp8_products,
     check_nan_queries,
     check_select,
+    check_value_tiles,
     make_batch,
     sparse_config,
 )
@@ -70,6 +72,31 @@ def test_e4m3_cache(kv_dtype, kv_scales, q_e4m3, page_size, dim, dtype):
         device="cuda", config=config,
     )  # fmt: skip
     check_all(batch, config, SCALE)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="products in e4m3 are for Hopper GPUs")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("page_size", [16, 48, 128])
+@pytest.mark.parametrize("q_e4m3", [False, True])
+@pytest.mark.parametrize("kv_scales", ["none", "one", "head"])
+def test_e4m3_products(kv_scales, q_e4m3, page_size, dim, caplog):
+    config = sparse_config(piece_size=8)
+    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(300, 8000)]
+    how = dict(page_size=page_size, dim=dim, dtype=torch.bfloat16, kv_dtype=torch.uint8, device="cuda", config=config)
+    batch = make_batch(requests, kv_scales=kv_scales, q_e4m3=q_e4m3, **how)
+    check_value_tiles(batch)
+    check_fp8_products(batch, config, SCALE)
+    assert "slower" not in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="products in e4m3 are for Hopper GPUs")
+@pytest.mark.parametrize("options", [{"sinks": True}, {"slab_bytes": 1000}, {"heads_first": True, "beside": True}])
+def test_e4m3_products_of_other_batches(options):
+    config = sparse_config()
+    how = dict(page_size=16, heads=8, dim=128, dtype=torch.float16, kv_dtype=torch.uint8, device="cuda", config=config)
+    batch = make_batch([Request(3000), Request(1000, 57)], kv_scales="head", q_e4m3=True, **options, **how)
+    check_value_tiles(batch)
+    check_fp8_products(batch, config, SCALE)
 
 
 def test_e4m3_codes():
