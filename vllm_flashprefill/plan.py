@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -72,17 +72,23 @@ class StepPlan:
     dense_tokens: dict[DenseReason, int] = dataclasses.field(default_factory=dict)
     schedules: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    # Each layer of the step asks.
+    @functools.cached_property
     def num_sparse_tokens(self) -> int:
         return sum(request.query_len for request in self.sparse)
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         return self.num_sparse_tokens + sum(self.dense_tokens.values())
 
-    @property
+    @functools.cached_property
     def visible_blocks(self) -> int:
         return sum(request.visible_blocks for request in self.sparse)
+
+    @functools.cached_property
+    def longest_sparse(self) -> int:
+        """Tokens of the longest sequence that is sparse in this step, which has some."""
+        return max(request.seq_len for request in self.sparse)
 
 
 # Of a step that is vLLM's own and is not counted.
@@ -112,25 +118,39 @@ def plan_step(
     query_lens = query_start_loc[1:] - query_start_loc[:-1]
     if query_lens.shape != seq_lens.shape:
         raise ValueError(f"query_start_loc has {len(query_lens)} requests, seq_lens has {len(seq_lens)}")
+    if not len(seq_lens):
+        return StepPlan(())
     context_lens = seq_lens - query_lens
-    if (query_lens < 0).any() or (context_lens < 0).any():
+    # Of two integers, one of them negative, the bits of either make a negative one.
+    if np.minimum.reduce(query_lens | context_lens) < 0:
         raise ValueError("query_start_loc must not decrease, nor a request have more queries than tokens")
 
-    is_dense = query_lens > 0
-    decodes = is_decode(query_lens, context_lens, prompt_lens, config, is_prefilling) & is_dense
+    is_dense = query_lens.astype(bool)
+    decodes = is_decode(query_lens, context_lens, prompt_lens, config, is_prefilling)
+    prefills = (is_dense & ~decodes).nonzero()[0]
+    decoding = int(query_start_loc[-1] - query_start_loc[0])
+    if not len(prefills):
+        return StepPlan((), is_dense.nonzero()[0], {DenseReason.DECODE: decoding} if decoding else {})
+
+    # Short prompts may be many; the others are few, or are sparse and so asked about one by one anyway.
+    known_lens = seq_lens if prompt_lens is None else np.maximum(prompt_lens, seq_lens)
+    is_short = known_lens[prefills] < config.min_sparse_tokens
     sparse: list[SparseRequest] = []
-    dense_tokens: Counter[DenseReason] = Counter()
-    if decoding := int(query_lens[decodes].sum()):
-        dense_tokens[DenseReason.DECODE] = decoding
-    for index in (is_dense & ~decodes).nonzero()[0].tolist():
-        query_len, context_len = int(query_lens[index]), int(context_lens[index])
-        known_len = None if prompt_lens is None else int(prompt_lens[index])
-        prefills = None if is_prefilling is None else bool(is_prefilling[index])
-        reason = request_dense_reason(query_len, context_len, known_len, config, prefills)
+    dense_tokens: dict[DenseReason, int] = {}
+    if short := int(np.add.reduce(query_lens[prefills[is_short]])):
+        dense_tokens[DenseReason.SHORT_PROMPT] = short
+        decoding -= short
+    for index in prefills[~is_short].tolist():
+        query_len, context_len, prompt_len = (int(x[index]) for x in (query_lens, context_lens, known_lens))
+        decoding -= query_len
+        known_len = None if prompt_lens is None else prompt_len
+        prefills_on = None if is_prefilling is None else bool(is_prefilling[index])
+        reason = request_dense_reason(query_len, context_len, known_len, config, prefills_on)
         if reason is None:
-            prompt_len = max(known_len or 0, context_len + query_len)
             sparse.append(SparseRequest(index, int(query_start_loc[index]), query_len, context_len, prompt_len))
             is_dense[index] = False
         else:
-            dense_tokens[reason] += query_len
-    return StepPlan(tuple(sparse), is_dense.nonzero()[0], dict(dense_tokens))
+            dense_tokens[reason] = dense_tokens.get(reason, 0) + query_len
+    if decoding:
+        dense_tokens[DenseReason.DECODE] = decoding
+    return StepPlan(tuple(sparse), is_dense.nonzero()[0], dense_tokens)
