@@ -16,7 +16,6 @@ import torch
 from vllm_flashprefill.checks import (
     check_block_counts,
     check_paged,
-    check_sinks,
     check_tensors,
     checked_bounds,
     checked_scale,
@@ -148,9 +147,7 @@ def flash_prefill_paged(
     Raises:
         ValueError: an argument the kernels cannot take; the message names it.
     """
-    check_paged(q, kv, plan, out, q_scale)
-    check_sinks(sinks, q)
-    check_block_counts(block_counts, q)
+    check_paged(q, kv, plan, out, q_scale, sinks, block_counts)
     checked_scale(softmax_scale, q)
     if plan.sparse:
         options = dict(q_scale=q_scale, sinks=sinks, block_counts=block_counts, workspace=workspace, mark=mark)

@@ -138,7 +138,32 @@ def checked_bounds(cu_seqlens: torch.Tensor | Sequence[int], total: int) -> list
 
 
 def check_paged(
-    q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tensor, q_scale: torch.Tensor | None = None
+    q: torch.Tensor,
+    kv: KeyValues,
+    plan: StepPlan,
+    out: torch.Tensor,
+    q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    block_counts: torch.Tensor | None = None,
+) -> None:
+    """What these are like; once for the layers of a step whose tensors are alike."""
+    tensors = q, kv.k, kv.v, kv.block_table, out, kv.k_scale, kv.v_scale, q_scale, sinks, block_counts
+    try:
+        alike = tuple([x if x is None else (x.dtype, x.shape, x.stride(), x.device) for x in tensors])
+        # Without, no tensor's requires_grad matters.
+        if not torch.is_grad_enabled() and alike in plan.checked:
+            return
+    except AttributeError:
+        # One of them is no tensor, which a check says.
+        alike = None
+    _check_paged(q, kv, plan, out, q_scale)
+    check_sinks(sinks, q)
+    check_block_counts(block_counts, q)
+    plan.checked.add(alike)
+
+
+def _check_paged(
+    q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tensor, q_scale: torch.Tensor | None
 ) -> None:
     check_rank("q", q, 3)
     check_rank("k", kv.k, 4)

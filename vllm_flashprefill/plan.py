@@ -65,12 +65,14 @@ class StepPlan:
             pad a batch to the size of a CUDA graph.
         dense_tokens: tokens of this step that stay dense, by reason.
         schedules: what GPUs were given of it, by the step's first layer.
+        checked: what tensors are like that were found right for it, by layers before.
     """
 
     sparse: tuple[SparseRequest, ...]
     dense: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
     dense_tokens: dict[DenseReason, int] = dataclasses.field(default_factory=dict)
     schedules: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    checked: set[Hashable] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     # Each layer of the step asks.
     @functools.cached_property

@@ -21,6 +21,7 @@ from tests.support.request import Request
 from tests.support.vllm_side import counted, heads_before_tokens
 from vllm_flashprefill import counters
 from vllm_flashprefill.backend import density_guard
+from vllm_flashprefill.backend.batch import vllms_class
 from vllm_flashprefill.routing import DenseReason
 
 
@@ -172,11 +173,11 @@ def test_a_cache_of_another_shape_than_was_expected_is_dense(calls, monkeypatch,
     assert f"a layer stays dense, since its cache is {tuple(step.kv_cache.shape)}" in caplog.text
 
 
-def test_a_cache_of_other_heads_is_dense(calls):
+def test_a_cache_of_other_heads_is_dense(calls, monkeypatch):
     classes = Classes(EXACT, num_heads=8, num_kv_heads=4)
     step = Step([Request(600)], 16, 0)
     query, key, value, output = (x.repeat(1, 2, 1) for x in step.inputs())
-    classes.impl.vllm_forward = lambda *args, **named: output
+    monkeypatch.setattr(vllms_class(type(classes.impl)), "forward", lambda *args, **named: output)
     with counted() as count:
         classes.impl.forward(
             classes.layer, query, key, value, step.kv_cache, attn_metadata=classes.build(step), output=output
