@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -93,6 +94,10 @@ class StepPlan:
         return max(request.seq_len for request in self.sparse)
 
 
+# Of so many, each is asked about by itself. Of more, decodes and short prompts are found together; what remains is
+# few, or is sparse and so described one by one anyway.
+FEW_REQUESTS = 4
+
 # Of a step that is vLLM's own and is not counted.
 EMPTY_PLAN = StepPlan(())
 
@@ -120,39 +125,38 @@ def plan_step(
     query_lens = query_start_loc[1:] - query_start_loc[:-1]
     if query_lens.shape != seq_lens.shape:
         raise ValueError(f"query_start_loc has {len(query_lens)} requests, seq_lens has {len(seq_lens)}")
-    if not len(seq_lens):
-        return StepPlan(())
     context_lens = seq_lens - query_lens
     # Of two integers, one of them negative, the bits of either make a negative one.
-    if np.minimum.reduce(query_lens | context_lens) < 0:
+    if len(seq_lens) and np.minimum.reduce(query_lens | context_lens) < 0:
         raise ValueError("query_start_loc must not decrease, nor a request have more queries than tokens")
 
     is_dense = query_lens.astype(bool)
-    decodes = is_decode(query_lens, context_lens, prompt_lens, config, is_prefilling)
-    prefills = (is_dense & ~decodes).nonzero()[0]
-    decoding = int(query_start_loc[-1] - query_start_loc[0])
-    if not len(prefills):
-        return StepPlan((), is_dense.nonzero()[0], {DenseReason.DECODE: decoding} if decoding else {})
-
-    # Short prompts may be many; the others are few, or are sparse and so asked about one by one anyway.
-    known_lens = seq_lens if prompt_lens is None else np.maximum(prompt_lens, seq_lens)
-    is_short = known_lens[prefills] < config.min_sparse_tokens
-    sparse: list[SparseRequest] = []
     dense_tokens: dict[DenseReason, int] = {}
-    if short := int(np.add.reduce(query_lens[prefills[is_short]])):
-        dense_tokens[DenseReason.SHORT_PROMPT] = short
-        decoding -= short
-    for index in prefills[~is_short].tolist():
-        query_len, context_len, prompt_len = (int(x[index]) for x in (query_lens, context_lens, known_lens))
-        decoding -= query_len
-        known_len = None if prompt_lens is None else prompt_len
-        prefills_on = None if is_prefilling is None else bool(is_prefilling[index])
-        reason = request_dense_reason(query_len, context_len, known_len, config, prefills_on)
+    if len(seq_lens) <= FEW_REQUESTS:
+        rows = is_dense.nonzero()[0]
+    else:
+        decodes = is_decode(query_lens, context_lens, prompt_lens, config, is_prefilling)
+        rows = (is_dense & ~decodes).nonzero()[0]
+        num_tokens = int(query_start_loc[-1] - query_start_loc[0])
+        if not len(rows):
+            return StepPlan((), is_dense.nonzero()[0], {DenseReason.DECODE: num_tokens} if num_tokens else {})
+        dense_tokens[DenseReason.DECODE] = num_tokens - int(np.add.reduce(query_lens[rows]))
+        if len(rows) > FEW_REQUESTS:
+            known_lens = (seq_lens if prompt_lens is None else np.maximum(prompt_lens, seq_lens))[rows]
+            is_short = known_lens < config.min_sparse_tokens
+            dense_tokens[DenseReason.SHORT_PROMPT] = int(np.add.reduce(query_lens[rows[is_short]]))
+            rows = rows[~is_short]
+
+    sparse: list[SparseRequest] = []
+    known = (query_start_loc, query_lens, context_lens, prompt_lens, is_prefilling)
+    columns = (itertools.repeat(None) if x is None else x[rows].tolist() for x in known)
+    for row, start, query_len, context_len, prompt_len, prefills_on in zip(rows.tolist(), *columns, strict=False):
+        reason = request_dense_reason(query_len, context_len, prompt_len, config, prefills_on)
         if reason is None:
-            sparse.append(SparseRequest(index, int(query_start_loc[index]), query_len, context_len, prompt_len))
-            is_dense[index] = False
+            prompt_len = max(prompt_len or 0, context_len + query_len)
+            sparse.append(SparseRequest(row, start, query_len, context_len, prompt_len))
+            is_dense[row] = False
         else:
             dense_tokens[reason] = dense_tokens.get(reason, 0) + query_len
-    if decoding:
-        dense_tokens[DenseReason.DECODE] = decoding
-    return StepPlan(tuple(sparse), is_dense.nonzero()[0], dense_tokens)
+    counted = {reason: tokens for reason, tokens in dense_tokens.items() if tokens}
+    return StepPlan(tuple(sparse), is_dense.nonzero()[0], counted)

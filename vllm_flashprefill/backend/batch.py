@@ -58,7 +58,8 @@ def first_request(common: Any) -> int:
     vLLM does not say it, but the micro-batch's block table is a part of the step's in memory.
     """
     table = common.block_table_tensor
-    return table.storage_offset() // table.stride(0) if table.stride(0) else 0
+    offset = table.storage_offset()
+    return offset and table.stride(0) and offset // table.stride(0)
 
 
 # Of a batch, what holds for all of it, so for each part; and what vLLM has worked out of it when asked.
