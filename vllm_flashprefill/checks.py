@@ -150,16 +150,17 @@ def check_paged(
     tensors = q, kv.k, kv.v, kv.block_table, out, kv.k_scale, kv.v_scale, q_scale, sinks, block_counts
     try:
         alike = tuple([x if x is None else (x.dtype, x.shape, x.stride(), x.device) for x in tensors])
-        # Without, no tensor's requires_grad matters.
-        if not torch.is_grad_enabled() and alike in plan.checked:
-            return
     except AttributeError:
-        # One of them is no tensor, which a check says.
+        # One is no tensor, as a check says below.
         alike = None
+    # With gradients, it matters too which tensors require them.
+    if alike in plan.checked and not torch.is_grad_enabled():
+        return
     _check_paged(q, kv, plan, out, q_scale)
     check_sinks(sinks, q)
     check_block_counts(block_counts, q)
-    plan.checked.add(alike)
+    if alike is not None:
+        plan.checked.add(alike)
 
 
 def _check_paged(
