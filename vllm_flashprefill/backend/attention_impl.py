@@ -85,8 +85,8 @@ class FlashPrefillImplMixin:
         if reason is not None:
             if step is not None:
                 num_tokens = step.plan.num_tokens
+            # Rows of padding may follow the batch's own.
             elif (num_tokens := getattr(attn_metadata, "num_actual_tokens", None)) is None:
-                # Rows of padding may follow the batch's own.
                 num_tokens = query.shape[0]
             recorder().add_dense(reason, num_tokens)
             return False

@@ -63,11 +63,11 @@ class FlashPrefillBuilderMixin:
     """
 
     _plans = True
-    # Impls of layers of which it is not known yet whether they are always dense.
-    _undecided: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Impls of layers of which it is not known yet whether they are always dense; none where all are planned for.
+        self._undecided: list[Any] = []
         self._has_windows = is_windowed(kwargs.get("kv_cache_spec", args[0] if args else None))
         self.watch_model_runners()
         self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
