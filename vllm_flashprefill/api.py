@@ -17,7 +17,6 @@ from vllm_flashprefill.checks import (
     check_block_counts,
     check_compute_dtype,
     check_paged,
-    check_sinks,
     check_tensors,
     checked_bounds,
     checked_scale,
@@ -153,10 +152,8 @@ def flash_prefill_paged(
     Raises:
         ValueError: an argument the kernels cannot take; the message names it.
     """
-    check_paged(q, kv, plan, out, q_scale)
+    check_paged(q, kv, plan, out, q_scale, sinks, block_counts)
     check_compute_dtype(config, q, kv.k)
-    check_sinks(sinks, q)
-    check_block_counts(block_counts, q)
     checked_scale(softmax_scale, q)
     if plan.sparse:
         options = dict(q_scale=q_scale, sinks=sinks, block_counts=block_counts, workspace=workspace, mark=mark)

@@ -169,7 +169,33 @@ def checked_bounds(cu_seqlens: torch.Tensor | Sequence[int], total: int) -> list
 
 
 def check_paged(
-    q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tensor, q_scale: torch.Tensor | None = None
+    q: torch.Tensor,
+    kv: KeyValues,
+    plan: StepPlan,
+    out: torch.Tensor,
+    q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    block_counts: torch.Tensor | None = None,
+) -> None:
+    """What these are like; once for the layers of a step whose tensors are alike."""
+    tensors = q, kv.k, kv.v, kv.block_table, out, kv.k_scale, kv.v_scale, q_scale, sinks, block_counts
+    try:
+        alike = tuple([x if x is None else (x.dtype, x.shape, x.stride(), x.device) for x in tensors])
+    except AttributeError:
+        # One is no tensor, as a check says below.
+        alike = None
+    # With gradients, it matters too which tensors require them.
+    if alike in plan.checked and not torch.is_grad_enabled():
+        return
+    _check_paged(q, kv, plan, out, q_scale)
+    check_sinks(sinks, q)
+    check_block_counts(block_counts, q)
+    if alike is not None:
+        plan.checked.add(alike)
+
+
+def _check_paged(
+    q: torch.Tensor, kv: KeyValues, plan: StepPlan, out: torch.Tensor, q_scale: torch.Tensor | None
 ) -> None:
     check_rank("q", q, 3)
     check_rank("k", kv.k, 4)

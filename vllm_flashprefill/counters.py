@@ -112,6 +112,8 @@ class StatsRecorder:
         self.is_shared = self._counters is not None
         if self._counters is None:
             self._counters = np.zeros(_NUM_COUNTERS)
+        # Every layer of every step adds to it: a number in a memoryview costs half of one in an array.
+        self._cells = memoryview(self._counters)
         self._log_interval = log_interval()
         self._logged_at = time.monotonic()
         self._logged = _to_stats(self._counters)
@@ -120,10 +122,12 @@ class StatsRecorder:
 
     def add_sparse(self, tokens: int, kept_blocks: int, visible_blocks: int, selection: float, attention: float):
         with self._lock:
-            self._counters[: len(_FIELDS)] += (tokens, kept_blocks, visible_blocks, selection, attention)
+            for place, number in enumerate((tokens, kept_blocks, visible_blocks, selection, attention)):
+                if number:
+                    self._cells[place] += number
 
     def add_dense(self, reason: DenseReason, tokens: int) -> None:
-        self._counters[_PLACE[reason]] += tokens
+        self._cells[_PLACE[reason]] += tokens
 
     def step_done(self) -> None:
         """Log what happened since the last line, if the interval has passed."""
@@ -233,9 +237,7 @@ def _mapped_counters(path: Path) -> np.ndarray:
     if not path.exists() or path.stat().st_size != num_bytes:
         # Written, not left a hole: on a full disk a hole is a signal at the first addition, in a layer.
         path.write_bytes(bytes(num_bytes))
-    mapped = np.memmap(path, dtype=np.float64, mode="r+", shape=_NUM_COUNTERS)
-    # Every layer of every step adds to it: an element of a plain array costs a fraction of a memmap's.
-    return mapped.view(np.ndarray)
+    return np.memmap(path, dtype=np.float64, mode="r+", shape=_NUM_COUNTERS).view(np.ndarray)
 
 
 def _to_stats(counters: np.ndarray) -> Stats:

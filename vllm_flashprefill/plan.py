@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import functools
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -65,25 +66,37 @@ class StepPlan:
             pad a batch to the size of a CUDA graph.
         dense_tokens: tokens of this step that stay dense, by reason.
         schedules: what GPUs were given of it, by the step's first layer.
+        checked: what tensors are like that were found right for it, by layers before.
     """
 
     sparse: tuple[SparseRequest, ...]
     dense: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
     dense_tokens: dict[DenseReason, int] = dataclasses.field(default_factory=dict)
     schedules: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    checked: set[Hashable] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
-    @property
+    # Each layer of the step asks.
+    @functools.cached_property
     def num_sparse_tokens(self) -> int:
         return sum(request.query_len for request in self.sparse)
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         return self.num_sparse_tokens + sum(self.dense_tokens.values())
 
-    @property
+    @functools.cached_property
     def visible_blocks(self) -> int:
         return sum(request.visible_blocks for request in self.sparse)
 
+    @functools.cached_property
+    def longest_sparse(self) -> int:
+        """Tokens of the longest sequence that is sparse in this step, which has some."""
+        return max(request.seq_len for request in self.sparse)
+
+
+# Of so many, each is asked about by itself. Of more, decodes and short prompts are found together; what remains is
+# few, or is sparse and so described one by one anyway.
+FEW_REQUESTS = 4
 
 # Of a step that is vLLM's own and is not counted.
 EMPTY_PLAN = StepPlan(())
@@ -113,24 +126,37 @@ def plan_step(
     if query_lens.shape != seq_lens.shape:
         raise ValueError(f"query_start_loc has {len(query_lens)} requests, seq_lens has {len(seq_lens)}")
     context_lens = seq_lens - query_lens
-    if (query_lens < 0).any() or (context_lens < 0).any():
+    # Of two integers, one of them negative, the bits of either make a negative one.
+    if len(seq_lens) and np.minimum.reduce(query_lens | context_lens) < 0:
         raise ValueError("query_start_loc must not decrease, nor a request have more queries than tokens")
 
-    is_dense = query_lens > 0
-    decodes = is_decode(query_lens, context_lens, prompt_lens, config, is_prefilling) & is_dense
+    is_dense = query_lens.astype(bool)
+    dense_tokens: dict[DenseReason, int] = {}
+    if len(seq_lens) <= FEW_REQUESTS:
+        rows = is_dense.nonzero()[0]
+    else:
+        decodes = is_decode(query_lens, context_lens, prompt_lens, config, is_prefilling)
+        rows = (is_dense & ~decodes).nonzero()[0]
+        num_tokens = int(query_start_loc[-1] - query_start_loc[0])
+        if not len(rows):
+            return StepPlan((), is_dense.nonzero()[0], {DenseReason.DECODE: num_tokens} if num_tokens else {})
+        dense_tokens[DenseReason.DECODE] = num_tokens - int(np.add.reduce(query_lens[rows]))
+        if len(rows) > FEW_REQUESTS:
+            known_lens = (seq_lens if prompt_lens is None else np.maximum(prompt_lens, seq_lens))[rows]
+            is_short = known_lens < config.min_sparse_tokens
+            dense_tokens[DenseReason.SHORT_PROMPT] = int(np.add.reduce(query_lens[rows[is_short]]))
+            rows = rows[~is_short]
+
     sparse: list[SparseRequest] = []
-    dense_tokens: Counter[DenseReason] = Counter()
-    if decoding := int(query_lens[decodes].sum()):
-        dense_tokens[DenseReason.DECODE] = decoding
-    for index in (is_dense & ~decodes).nonzero()[0].tolist():
-        query_len, context_len = int(query_lens[index]), int(context_lens[index])
-        known_len = None if prompt_lens is None else int(prompt_lens[index])
-        prefills = None if is_prefilling is None else bool(is_prefilling[index])
-        reason = request_dense_reason(query_len, context_len, known_len, config, prefills)
+    known = (query_start_loc, query_lens, context_lens, prompt_lens, is_prefilling)
+    columns = (itertools.repeat(None) if x is None else x[rows].tolist() for x in known)
+    for row, start, query_len, context_len, prompt_len, prefills_on in zip(rows.tolist(), *columns, strict=False):
+        reason = request_dense_reason(query_len, context_len, prompt_len, config, prefills_on)
         if reason is None:
-            prompt_len = max(known_len or 0, context_len + query_len)
-            sparse.append(SparseRequest(index, int(query_start_loc[index]), query_len, context_len, prompt_len))
-            is_dense[index] = False
+            prompt_len = max(prompt_len or 0, context_len + query_len)
+            sparse.append(SparseRequest(row, start, query_len, context_len, prompt_len))
+            is_dense[row] = False
         else:
-            dense_tokens[reason] += query_len
-    return StepPlan(tuple(sparse), is_dense.nonzero()[0], dict(dense_tokens))
+            dense_tokens[reason] = dense_tokens.get(reason, 0) + query_len
+    counted = {reason: tokens for reason, tokens in dense_tokens.items() if tokens}
+    return StepPlan(tuple(sparse), is_dense.nonzero()[0], counted)

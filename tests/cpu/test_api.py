@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.support.bad_input import check_bad_calls
-from vllm_flashprefill import FlashPrefillConfig
+from vllm_flashprefill import FlashPrefillConfig, checks
 from vllm_flashprefill.api import flash_prefill, flash_prefill_paged, flash_prefill_varlen
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
@@ -15,6 +15,47 @@ from vllm_flashprefill.reference import flash_prefill_paged_ref
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_bad_input_is_one_clear_error(device):
     check_bad_calls(device)
+
+
+def test_tensors_that_are_alike_are_checked_once_a_step(monkeypatch):
+    checked = []
+    check = checks._check_paged
+    monkeypatch.setattr(checks, "_check_paged", lambda *arguments: checked.append(None) or check(*arguments))
+    config = FlashPrefillConfig(min_sparse_tokens=0, num_dense_tail_blocks=0)
+    q, cache, table = torch.zeros(1000, 4, 64), torch.zeros(2, 80, 16, 2, 64), torch.zeros(1, 80, dtype=torch.int32)
+
+    def layer(plan, q=q, cache=cache, table=table, **more):
+        more = dict(out=torch.zeros(1000, 4, 64), sinks=torch.zeros(4), softmax_scale=1.0) | more
+        flash_prefill_paged(q, KeyValues(*cache, table), plan, config=config, **more)
+        return len(checked)
+
+    def new_plan():
+        return plan_step(np.array([0, 1000]), np.array([1000]), config)
+
+    plan = new_plan()
+    assert plan.sparse
+    with torch.no_grad():
+        assert [layer(plan), layer(plan), layer(plan, torch.ones(1000, 4, 64))] == [1, 1, 1]
+        assert [layer(plan, torch.zeros(1001, 4, 64)[1:]), layer(plan, table=torch.cat([table, table]))] == [1, 2]
+        assert layer(new_plan()) == 3
+        for name, misfit in (
+            ("q", dict(q=torch.zeros(1000, 64, 4).transpose(1, 2))),
+            ("k", dict(cache=torch.zeros(2, 80, 24, 2, 64))),
+            ("block_table", dict(table=table[:, :10])),
+            ("block_table", dict(table=None)),
+            ("out", dict(out=torch.zeros(1000, 4, 64, dtype=torch.float64))),
+            ("sinks", dict(sinks=torch.zeros(5))),
+            ("block_counts", dict(block_counts=torch.zeros(2))),
+            ("q_scale", dict(q_scale=1.0)),
+            ("softmax_scale", dict(softmax_scale=0.0)),
+        ):
+            for _ in range(2):
+                with pytest.raises(ValueError, match=rf"^{name}: "):
+                    layer(plan, **misfit)
+        num_checked = layer(plan)
+        assert layer(plan) == num_checked
+    with pytest.raises(ValueError, match=r"^q: requires a gradient"):
+        layer(plan, q.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("shape", [(1, 300, 4, 64), (300, 4, 64)])

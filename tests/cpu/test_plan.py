@@ -1,6 +1,9 @@
+import dataclasses
+from collections import Counter
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_flashprefill import FlashPrefillConfig
@@ -95,6 +98,68 @@ def test_every_token_is_planned_once(requests, know_prompts):
     for request in plan.sparse:
         assert request.query_len > 0
         assert request.prompt_len >= max(request.seq_len, CONFIG.min_sparse_tokens)
+
+
+def plan_one_by_one(query_lens, context_lens, prompt_lens, is_prefilling, config):
+    """(sparse requests, dense rows, dense tokens) by the rule for one request."""
+    sparse, dense, dense_tokens, start = [], [], Counter(), 0
+    for row, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
+        known = None if prompt_lens is None else prompt_lens[row]
+        reason = request_dense_reason(
+            query_len, context_len, known, config, None if is_prefilling is None else is_prefilling[row]
+        )
+        if query_len and reason is None:
+            prompt_len = max(known or 0, context_len + query_len)
+            sparse.append(SparseRequest(row, start, query_len, context_len, prompt_len))
+        elif query_len:
+            dense.append(row)
+            dense_tokens[reason] += query_len
+        start += query_len
+    return tuple(sparse), dense, dict(dense_tokens)
+
+
+# Where the rule changes for one of CONFIGS, and one more or less.
+edges = st.one_of(st.sampled_from([0, 1, 2, 127, 128, 129, 768, 769, 1023, 1024, 1025]), st.integers(0, 5000))
+some_requests = st.tuples(edges, edges, st.one_of(edges, st.integers(-3, 3)), st.booleans())
+decodes = st.tuples(st.just(1), st.integers(1, 5000), st.just(0), st.just(False))
+CONFIGS = [
+    CONFIG,
+    FlashPrefillConfig(min_sparse_tokens=0, num_dense_tail_blocks=0),
+    FlashPrefillConfig(min_sparse_tokens=200, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=4),
+]
+
+
+@given(
+    st.one_of(
+        st.lists(some_requests, max_size=12),
+        st.lists(decodes, max_size=12),
+        st.lists(st.one_of(decodes, some_requests), max_size=40),
+    ),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(CONFIGS),
+    st.sampled_from([np.int32, np.int64]),
+    st.integers(0, 3),
+)
+@settings(max_examples=1000, deadline=None)
+def test_a_batch_is_planned_as_its_requests_are_one_by_one(requests, know_prompts, know_which, config, dtype, first):
+    query_lens, context_lens, _, prefill = ([request[n] for request in requests] for n in range(4))
+    prompt_lens = [max(0, q + c + rest) for q, c, rest, _ in requests] if know_prompts else None
+    is_prefilling = prefill if know_which else None
+    expected = plan_one_by_one(query_lens, context_lens, prompt_lens, is_prefilling, config)
+    plan = plan_step(
+        # A micro-batch's queries need not begin at 0.
+        np.cumsum([first, *query_lens]).astype(dtype),
+        np.add(query_lens, context_lens).astype(dtype),
+        config,
+        None if prompt_lens is None else np.array(prompt_lens, dtype=np.int32),
+        None if is_prefilling is None else np.array(is_prefilling, dtype=bool),
+    )
+    sparse = tuple(dataclasses.replace(request, query_start=request.query_start - first) for request in plan.sparse)
+    assert (sparse, plan.dense.tolist(), plan.dense_tokens) == expected
+    assert plan.dense.dtype == np.int64
+    assert all(type(tokens) is int for tokens in plan.dense_tokens.values())
+    assert all(type(value) is int for request in plan.sparse for value in dataclasses.astuple(request))
 
 
 @given(st.integers(1, 60), st.integers(1, 8000))

@@ -69,12 +69,18 @@ class FlashPrefillImplMixin:
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
+        output: torch.Tensor | None = None,
+        *scales: torch.Tensor | None,
+        **named_scales: torch.Tensor | None,
     ) -> torch.Tensor:
-        is_sparse = attn_metadata is not None and self._is_sparse(layer, query, kv_cache, attn_metadata)
-        attend = self.forward_sparse if is_sparse else self.vllm_forward
-        return attend(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        if attn_metadata is not None and self._is_sparse(layer, query, kv_cache, attn_metadata):
+            attend = self.forward_sparse
+        else:
+            attend = super().forward
+        if scales or named_scales:
+            return attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named_scales)
+        # Unpacking nothing would double what this adds to a dense layer.
+        return attend(layer, query, key, value, kv_cache, attn_metadata, output)
 
     def _is_sparse(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any) -> bool:
         """Whether this step has sparse requests for this layer; counts its tokens that are dense."""
@@ -86,21 +92,32 @@ class FlashPrefillImplMixin:
         if reason is None and step is None:
             reason = getattr(attn_metadata, "flashprefill_reason", DenseReason.NOT_PLANNED)
         if reason is not None:
+            if step is not None:
+                num_tokens = step.plan.num_tokens
             # Rows of padding may follow the batch's own.
-            num_tokens = getattr(attn_metadata, "num_actual_tokens", query.shape[0])
-            recorder().add_dense(reason, num_tokens if step is None else step.plan.num_tokens)
+            elif (num_tokens := getattr(attn_metadata, "num_actual_tokens", None)) is None:
+                num_tokens = query.shape[0]
+            recorder().add_dense(reason, num_tokens)
             return False
-        for request_reason, tokens in step.plan.dense_tokens.items():
-            recorder().add_dense(request_reason, tokens)
-        if not step.plan.sparse:
+        plan = step.plan
+        if plan.dense_tokens:
+            add_dense = recorder().add_dense
+            for request_reason, tokens in plan.dense_tokens.items():
+                add_dense(request_reason, tokens)
+        if not plan.sparse:
             return False
         if self._counts is None:
             self._counts = device_counts(query.device).new_layer()
             self._density_guard = DensityGuard(self._counts.arrived, self.num_heads)
-        if self._density_guard.is_dense(step.plan, self.flashprefill_config):
-            recorder().add_dense(DenseReason.DENSITY, step.plan.num_sparse_tokens)
+        if self._density_guard.is_dense(plan, self.flashprefill_config):
+            recorder().add_dense(DenseReason.DENSITY, plan.num_sparse_tokens)
             return False
         return True
+
+    @property
+    def always_dense(self) -> bool | None:
+        """Whether this layer is dense in every step; None until it has seen its cache."""
+        return self._dense_reason is not None if self._dense_reason_known else None
 
     def _first_reason(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any
@@ -144,9 +161,10 @@ class FlashPrefillImplMixin:
         if any(scale is not None for scale in (*scales, *named_scales.values())):
             return self.vllm_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named_scales)
         step: FlashPrefillStep = attn_metadata.flashprefill
-        q = query.view(-1, self.num_heads, self.head_size)
-        key, value = (x.view(-1, self.num_kv_heads, self.head_size) for x in (key, value))
-        out = torch.empty_like(q) if output is None else output.view(q.shape)
+        q = _by_head(query, self.num_heads, self.head_size)
+        key = _by_head(key, self.num_kv_heads, self.head_size)
+        value = _by_head(value, self.num_kv_heads, self.head_size)
+        out = torch.empty_like(q) if output is None else _by_head(output, self.num_heads, self.head_size)
 
         # The whole batch first: a request may read pages that another request of this step writes.
         self.write_kv(layer, key, value, kv_cache, attn_metadata)
@@ -154,7 +172,7 @@ class FlashPrefillImplMixin:
             rows = step.dense_rows
             together = isinstance(rows, slice)
             # PyTorch takes no rows of e4m3 by their numbers.
-            part = codes(q)[rows].view(q.dtype)
+            part = q[rows] if together else codes(q)[rows].view(q.dtype)
             part_out = out[rows] if together else out.new_empty(part.shape)
             kv = (key[rows], value[rows]) if self.dense_forward_writes_kv else (None, None)
             self.forward_dense(layer, part, *kv, kv_cache, step.dense_metadata, part_out)
@@ -221,6 +239,11 @@ class FlashPrefillImplMixin:
     def paged_kv(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of the cache as [num_pages, page_size, G, D] views."""
         raise NotImplementedError
+
+
+def _by_head(x: torch.Tensor, num_heads: int, head_size: int) -> torch.Tensor:
+    """[tokens, heads, D] or [tokens, heads * D], as the former."""
+    return x if x.dim() == 3 else x.view(-1, num_heads, head_size)
 
 
 class KVWrittenBeforeMixin:

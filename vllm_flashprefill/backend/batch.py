@@ -49,7 +49,7 @@ def host_is_prefilling(common: Any) -> np.ndarray | None:
     is_prefilling = getattr(common, "is_prefilling", None)
     if is_prefilling is None or is_prefilling.device.type != "cpu":
         return None
-    return is_prefilling[: common.num_reqs].numpy()
+    return is_prefilling.numpy()[: common.num_reqs]
 
 
 def first_request(common: Any) -> int:
@@ -58,7 +58,8 @@ def first_request(common: Any) -> int:
     vLLM does not say it, but the micro-batch's block table is a part of the step's in memory.
     """
     table = common.block_table_tensor
-    return table.storage_offset() // table.stride(0) if table.stride(0) else 0
+    offset = table.storage_offset()
+    return offset and table.stride(0) and offset // table.stride(0)
 
 
 # Of a batch, what holds for all of it, so for each part; and what vLLM has worked out of it when asked.
@@ -92,52 +93,80 @@ _SELECTED = {
 
 def unknown_fields(common: Any) -> list[str]:
     """Names of what vLLM says of this batch that a part of it would not have right, or that may change attention."""
-    values = ((field, getattr(common, field.name)) for field in _other_fields(type(common)))
-    return [field.name for field, value in values if value is not None and value is not field.default]
+    unknown = []
+    for name, default in _other_fields(type(common)):
+        value = getattr(common, name)
+        if value is not None and value is not default:
+            unknown.append(name)
+    return unknown
 
 
 @functools.cache
-def _other_fields(batch_class: type) -> tuple[dataclasses.Field, ...]:
+def _other_fields(batch_class: type) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of those that are not known."""
     known = _OF_THE_BATCH | _WORKED_OUT | _OF_EACH_REQUEST | _SELECTED
-    return tuple(field for field in dataclasses.fields(batch_class) if field.name not in known)
+    return tuple((field.name, field.default) for field in dataclasses.fields(batch_class) if field.name not in known)
 
 
-def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | torch.Tensor]:
+@functools.cache
+def _field_names(batch_class: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(batch_class))
+
+
+# Rows of something, those that lie together without a copy.
+Rows = slice | torch.Tensor
+
+
+def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, Rows, Rows]:
     """The part of a batch that some of its requests make up. Does not wait for the device.
+
+    Requests that lie together are views of the batch, and nothing is uploaded for them.
 
     Args:
         common: vLLM's ``CommonAttentionMetadata``.
-        requests: [n] int64, rows of the batch in ascending order.
+        requests: [n] int64, rows of the batch in ascending order, n > 0.
 
     Returns:
-        (``CommonAttentionMetadata`` of those n requests, their rows in the packed queries as in `FlashPrefillStep`).
+        (``CommonAttentionMetadata`` of those n requests, their rows in the packed queries, their rows in the batch),
+        rows as in `FlashPrefillStep`.
     """
     starts = common.query_start_loc_cpu.numpy()
-    lens = np.diff(starts[: common.num_reqs + 1])[requests]
-    new_starts = np.concatenate([[0], np.cumsum(lens)])
-    row_numbers = np.repeat(starts[requests] - new_starts[:-1], lens) + np.arange(new_starts[-1])
-
-    device = common.query_start_loc.device
-    query_start_loc_cpu = torch.from_numpy(new_starts).to(common.query_start_loc_cpu.dtype)
-    requests_cpu = torch.from_numpy(requests)
-    requests_device = upload(requests_cpu, device)
-    if len(row_numbers) and row_numbers[-1] - row_numbers[0] + 1 == len(row_numbers):
-        rows = slice(int(row_numbers[0]), int(row_numbers[-1]) + 1)
+    first, after = int(requests[0]), int(requests[-1]) + 1
+    if after - first == len(requests):
+        on_host = on_device = slice(first, after)
+        rows = slice(int(starts[first]), int(starts[after]))
+        lens, num_tokens = starts[first + 1 : after + 1] - starts[first:after], rows.stop - rows.start
+        query_start_loc, query_start_loc_cpu = (
+            x[first : after + 1] for x in (common.query_start_loc, common.query_start_loc_cpu)
+        )
+        if rows.start:
+            query_start_loc, query_start_loc_cpu = query_start_loc - rows.start, query_start_loc_cpu - rows.start
     else:
-        rows = upload(torch.from_numpy(row_numbers), device)
-    seq_lens_cpu = host_seq_lens(common)[requests_cpu]
+        lens = starts[requests + 1] - starts[requests]
+        new_starts = np.concatenate([[0], np.cumsum(lens)])
+        num_tokens = int(new_starts[-1])
+        row_numbers = np.repeat(starts[requests] - new_starts[:-1], lens) + np.arange(num_tokens)
+        on_host = torch.from_numpy(requests)
+        uploaded = torch.from_numpy(np.concatenate([requests, row_numbers, new_starts]))
+        uploaded = upload(uploaded, common.query_start_loc.device)
+        on_device, rows, query_start_loc = uploaded.split([len(requests), num_tokens, len(new_starts)])
+        if row_numbers[-1] - row_numbers[0] + 1 == num_tokens:
+            rows = slice(int(row_numbers[0]), int(row_numbers[-1]) + 1)
+        query_start_loc = query_start_loc.to(common.query_start_loc.dtype)
+        query_start_loc_cpu = torch.from_numpy(new_starts).to(common.query_start_loc_cpu.dtype)
+    seq_lens_cpu = host_seq_lens(common)[on_host]
     changes = dict(
-        query_start_loc=upload(query_start_loc_cpu, device),
+        query_start_loc=query_start_loc,
         query_start_loc_cpu=query_start_loc_cpu,
-        seq_lens=common.seq_lens[requests_device],
+        seq_lens=common.seq_lens[on_device],
         seq_lens_cpu=seq_lens_cpu,
         seq_lens_cpu_upper_bound=seq_lens_cpu,
         num_computed_tokens_cpu=seq_lens_cpu - torch.from_numpy(lens).to(seq_lens_cpu.dtype),
         num_reqs=len(requests),
-        num_actual_tokens=int(new_starts[-1]),
+        num_actual_tokens=num_tokens,
         max_query_len=int(lens.max()),
         max_seq_len=int(seq_lens_cpu.max()),
-        block_table_tensor=common.block_table_tensor[requests_device],
+        block_table_tensor=common.block_table_tensor[on_device],
         slot_mapping=common.slot_mapping[rows],
         # Ranges of images, of which a batch that is planned has none.
         mm_req_doc_ranges=None,
@@ -146,8 +175,8 @@ def select_requests(common: Any, requests: np.ndarray) -> tuple[Any, slice | tor
     for name in _OF_EACH_REQUEST:
         value = getattr(common, name, None)
         if value is not None:
-            changes[name] = value[requests_cpu if torch.is_tensor(value) else requests]
+            changes[name] = value[on_host if torch.is_tensor(value) or isinstance(on_host, slice) else requests]
     if getattr(common, "positions", None) is not None:
         changes["positions"] = common.positions[rows]
-    known = {field.name for field in dataclasses.fields(common)}
-    return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows
+    known = _field_names(type(common))
+    return dataclasses.replace(common, **{k: v for k, v in changes.items() if k in known}), rows, on_device

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from vllm_flashprefill.backend.batch import (
+    Rows,
     first_request,
     host_is_prefilling,
     host_seq_lens,
     select_requests,
     unknown_fields,
 )
-from vllm_flashprefill.backend.layer_routing import check_layer_names
+from vllm_flashprefill.backend.layer_routing import check_layer_names, impl_dense_reason
 from vllm_flashprefill.backend.prompt_lengths import prompt_lengths, watch
 from vllm_flashprefill.backend.self_check import check_layers
 from vllm_flashprefill.config import FlashPrefillConfig
@@ -39,17 +40,19 @@ class FlashPrefillStep:
         block_table: [num_reqs, max pages] int32.
         dense_rows: which rows of the packed queries are dense requests': a slice, or [their tokens] int64 where
             they do not lie together; None where there are none.
+        dense_requests: likewise which rows of the block table.
         dense_metadata: vLLM's own metadata of the dense requests alone; None where there are none.
     """
 
     plan: StepPlan
     block_table: torch.Tensor | None
-    dense_rows: slice | torch.Tensor | None
+    dense_rows: Rows | None
+    dense_requests: Rows | None
     dense_metadata: Any
 
 
 # Of a batch that is vLLM's own and is not counted.
-NO_STEP = FlashPrefillStep(EMPTY_PLAN, None, None, None)
+NO_STEP = FlashPrefillStep(EMPTY_PLAN, None, None, None, None)
 
 
 class FlashPrefillBuilderMixin:
@@ -63,27 +66,36 @@ class FlashPrefillBuilderMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Impls of layers of which it is not known yet whether they are always dense; none where all are planned for.
+        self._undecided: list[Any] = []
+        self._has_windows = is_windowed(kwargs.get("kv_cache_spec", args[0] if args else None))
         self.watch_model_runners()
         self.flashprefill_config = FlashPrefillConfig.from_vllm(self.vllm_config)
         check_layer_names(self.vllm_config.compilation_config.static_forward_context, self.flashprefill_config)
         self.prepare_layers()
-        layers = list(self.own_layers())
+        impls = [layer.impl for layer in self.own_layers()]
+        self._undecided = [impl for impl in impls if not (impl.never_sparse() or impl.self_check_failed)]
         # For a draft model's, or those of a vLLM that is not as expected, what a plan reads may not be there either.
-        self._plans = not layers or not all(
-            layer.impl.never_sparse() or layer.impl.self_check_failed for layer in layers
-        )
+        self._plans = not impls or bool(self._undecided)
 
     def prepare_layers(self) -> None:
         """What is done for this builder's layers before any request."""
         check_layers(self, self.own_layers())
 
     def own_layers(self) -> Iterator[Any]:
-        """vLLM's layers that this builds metadata for, as far as they are ours; all in 0.10.0, which does not say."""
+        """vLLM's layers that this builds metadata for, as far as they are ours.
+
+        vLLM 0.10.0 does not say which: all, or those with a sliding window if the cache is for such.
+        """
         layers = self.vllm_config.compilation_config.static_forward_context
-        for name in getattr(self, "layer_names", layers):
-            layer = layers.get(name)
-            if hasattr(getattr(layer, "impl", None), "flashprefill_config"):
-                yield layer
+        names = getattr(self, "layer_names", None)
+        for name in layers if names is None else names:
+            impl = getattr(layers.get(name), "impl", None)
+            if not hasattr(impl, "flashprefill_config"):
+                continue
+            if names is None and self._has_windows and impl_dense_reason(impl) is not DenseReason.SLIDING_WINDOW:
+                continue
+            yield layers[name]
 
     def watch_model_runners(self) -> None:
         """Have this vLLM's model runners say how long prompts are."""
@@ -107,7 +119,7 @@ class FlashPrefillBuilderMixin:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         recorder().step_done()
         # A draft model's metadata is what vLLM builds fast, and alters from draft to draft: a plan would not follow.
-        if not fast_build and self._plans and self.can_plan(common_attn_metadata):
+        if not fast_build and self._may_be_sparse() and self.can_plan(common_attn_metadata):
             unknown = unknown_fields(common_attn_metadata)
             if unknown:
                 _name_fields(unknown)
@@ -115,6 +127,16 @@ class FlashPrefillBuilderMixin:
             else:
                 metadata.flashprefill = self._plan_step(common_attn_metadata)
         return metadata
+
+    def _may_be_sparse(self) -> bool:
+        """Whether any of this builder's layers may be sparse, which those tell that have seen their cache."""
+        while self._undecided and (always_dense := self._undecided[-1].always_dense) is not None:
+            if always_dense:
+                self._undecided.pop()
+                self._plans = bool(self._undecided)
+            else:
+                self._undecided = []
+        return self._plans
 
     def can_plan(self, common: Any) -> bool:
         """Whether a batch's attention is what a plan is made for."""
@@ -136,28 +158,26 @@ class FlashPrefillBuilderMixin:
 
     def _plan_step(self, common: Any) -> FlashPrefillStep | None:
         num_reqs = common.num_reqs
-        query_start_loc = common.query_start_loc_cpu[: num_reqs + 1].numpy()
+        query_start_loc = common.query_start_loc_cpu.numpy()[: num_reqs + 1]
         seq_lens = host_seq_lens(common)
         if seq_lens is None:
             # A draft model's batch, in vLLM's second model runner.
             return None
-        seq_lens = seq_lens[:num_reqs].numpy()
+        seq_lens = seq_lens.numpy()[:num_reqs]
+        is_prefilling, prompt_lens = host_is_prefilling(common), None
+        if is_prefilling is None or is_prefilling.any():
+            computed = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
+            prompt_lens = prompt_lengths(computed, first_request(common))
         try:
-            plan = plan_step(
-                query_start_loc,
-                seq_lens,
-                self.flashprefill_config,
-                prompt_lengths(seq_lens - (query_start_loc[1:] - query_start_loc[:-1]), first_request(common)),
-                host_is_prefilling(common),
-            )
+            plan = plan_step(query_start_loc, seq_lens, self.flashprefill_config, prompt_lens, is_prefilling)
         except ValueError:
             # A dummy batch (an idle data-parallel rank's) need not describe requests.
             return None
-        dense_rows = dense_metadata = None
+        dense_rows = dense_requests = dense_metadata = None
         if plan.sparse and len(plan.dense):
-            part, dense_rows = select_requests(common, plan.dense)
+            part, dense_rows, dense_requests = select_requests(common, plan.dense)
             dense_metadata = self.build_dense(part, plan)
-        return FlashPrefillStep(plan, common.block_table_tensor, dense_rows, dense_metadata)
+        return FlashPrefillStep(plan, common.block_table_tensor, dense_rows, dense_requests, dense_metadata)
 
     def build_dense(self, part: Any, plan: StepPlan) -> Any:
         """vLLM's metadata for the dense requests of a mixed step.
@@ -166,6 +186,13 @@ class FlashPrefillBuilderMixin:
             part: the ``CommonAttentionMetadata`` of those requests alone.
         """
         return super().build(0, part)
+
+
+def is_windowed(kv_cache_spec: Any) -> bool:
+    """Whether a cache, as vLLM's ``KVCacheSpec`` has it, is of layers with a sliding window alone."""
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    return isinstance(kv_cache_spec, SlidingWindowSpec)
 
 
 def _name_fields(fields: list[str]) -> None:

@@ -48,7 +48,7 @@ class DensityGuard:
             return False
         if not self._dense_steps:
             self._judge(config.max_density)
-        longest = max(request.seq_len for request in plan.sparse)
+        longest = plan.longest_sparse
         if self._dense_steps and longest <= self._dense_len:
             self._dense_steps -= 1
             return True

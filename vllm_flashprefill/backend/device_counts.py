@@ -57,14 +57,15 @@ class DeviceCounts:
         self._visible_blocks += visible_blocks
         if self._more is None:
             self.report()
-        else:
+        elif not self._more.is_set():
             self._more.set()
 
     def report(self) -> bool:
         """Give the recorder what has arrived; whether that is everything."""
         with self._lock:
             # In this order: blocks kept arrive with, or before, the visible ones that say all is there.
-            visible, kept = int(self._arrived[:, 1].sum()), int(self._arrived[:, 0].sum())
+            arrived = self._arrived[: self._num_layers]
+            visible, kept = int(arrived[:, 1].sum()), int(arrived[:, 0].sum())
             new_kept, new_visible = kept - self._reported[0], visible - self._reported[1]
             if new_visible:
                 recorder().add_sparse(0, new_kept, new_visible, selection=0.0, attention=0.0)
@@ -93,10 +94,11 @@ class LayerCounts:
         self.blocks = blocks
         self._host = host
         self.arrived = host.numpy()
+        self._stage_times = stage_times(blocks.device)
 
     def next_mark(self) -> Callable[[], None] | None:
         """What the layer calls between its stages where it is its turn to be timed."""
-        return stage_times(self.blocks.device).next_layer()
+        return self._stage_times.next_layer()
 
     def step_done(self, plan: StepPlan, num_heads: int) -> None:
         """Count a step's sparse requests, once the layer's kernels, which added to `blocks`, are launched."""

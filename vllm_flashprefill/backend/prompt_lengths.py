@@ -37,7 +37,8 @@ def _input_batch_lengths(runner: Any, _: Any, scheduler_output: Any) -> Lengths:
     if scheduler_output.total_num_scheduled_tokens == batch.num_reqs:
         scheduled = np.ones(batch.num_reqs, dtype=np.int64)
     else:
-        scheduled = np.array([scheduler_output.num_scheduled_tokens[request] for request in batch.req_ids[rows]])
+        of_request = scheduler_output.num_scheduled_tokens.__getitem__
+        scheduled = np.fromiter(map(of_request, batch.req_ids[rows]), np.int64, batch.num_reqs)
     # For hybrid models vLLM 0.24.0 takes back refused drafts here after it has worked out the step's lengths.
     return batch.num_computed_tokens_cpu[rows].copy(), scheduled, batch.num_tokens_no_spec[rows].copy()
 
@@ -110,15 +111,18 @@ def prompt_lengths(num_computed_tokens: np.ndarray, first_request: int | None = 
         return None
     computed, scheduled, known = _watched
     if first_request is not None:
-        last_request = first_request + len(num_computed_tokens)
-        computed, scheduled, known = (x[first_request:last_request] for x in _watched)
+        rows = slice(first_request, first_request + len(num_computed_tokens))
+        computed, scheduled, known = computed[rows], scheduled[rows], known[rows]
     num_reqs = len(computed)
     if not 0 < num_reqs <= len(num_computed_tokens):
         return None
     given = num_computed_tokens[:num_reqs]
-    is_begun = first_request is not None and computed[0] < given[0] < computed[0] + scheduled[0]
-    if not (is_begun or given[0] == computed[0]) or not np.array_equal(computed[1:], given[1:]):
-        return None
+    if different := np.count_nonzero(computed != given):
+        is_begun = first_request is not None and computed[0] < given[0] < computed[0] + scheduled[0]
+        if different > 1 or not is_begun:
+            return None
+    if num_reqs == len(num_computed_tokens):
+        return known.astype(np.int32, copy=False)
     lengths = np.zeros(len(num_computed_tokens), dtype=np.int32)
     lengths[:num_reqs] = known
     return lengths

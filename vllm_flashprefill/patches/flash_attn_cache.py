@@ -10,7 +10,6 @@ from vllm.v1.attention.backends import flash_attn
 
 from vllm_flashprefill.backend.flash_attn_builder import FlashAttnBuilderMixin
 from vllm_flashprefill.backend.flash_attn_impl import FlashAttnImplMixin
-from vllm_flashprefill.device import upload
 
 
 class FlashAttnCacheMetadataBuilder(FlashAttnBuilderMixin, flash_attn.FlashAttentionMetadataBuilder):
@@ -31,9 +30,8 @@ class FlashAttnCacheMetadataBuilder(FlashAttnBuilderMixin, flash_attn.FlashAtten
         if step is not None:
             dense_metadata = step.dense_metadata
             if dense_metadata is not None:
-                requests = upload(torch.from_numpy(step.plan.dense), blk_table.device)
                 dense_metadata = super().update_block_table(
-                    dense_metadata, blk_table[requests], slot_mapping[step.dense_rows]
+                    dense_metadata, blk_table[step.dense_requests], slot_mapping[step.dense_rows]
                 )
             updated.flashprefill = dataclasses.replace(step, block_table=blk_table, dense_metadata=dense_metadata)
         return updated

@@ -1,11 +1,13 @@
 """Layers and calls of the impl that are vLLM's own, whatever the step."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 from tests.support.e4m3 import take_e4m3_caches
+from tests.support.engines import vllm_version
 from tests.support.flash_attn_step import (
     DTYPE,
     EXACT,
@@ -18,9 +20,10 @@ from tests.support.flash_attn_step import (
     new_cache,
 )
 from tests.support.request import Request
-from tests.support.vllm_side import counted, heads_before_tokens
+from tests.support.vllm_side import LAYER, counted, heads_before_tokens
 from vllm_flashprefill import counters
 from vllm_flashprefill.backend import density_guard, layer_routing
+from vllm_flashprefill.backend.batch import vllms_class
 from vllm_flashprefill.routing import DenseReason
 
 
@@ -89,6 +92,52 @@ def test_nothing_is_planned_for_a_group_of_dense_layers(calls, monkeypatch):
     with counted() as count:
         classes.run(step)
     assert count.stats == counters.Stats(dense_tokens={"sliding_window": 601})
+
+
+def test_nothing_is_planned_once_all_layers_are_seen_to_be_dense(calls, monkeypatch):
+    classes = Classes(dataclasses.replace(SPARSE, num_dense_layers=2))
+    step = Step([Request(1, 400), Request(600)], 16, 5)
+    assert len(classes.build(step).flashprefill.plan.sparse) == 1, "its cache has not been seen"
+    expected = classes.run(step)
+    monkeypatch.setattr("vllm_flashprefill.backend.builder.plan_step", None)
+    with counted() as count:
+        assert torch.equal(classes.run(step)[: step.num_tokens], expected[: step.num_tokens])
+    assert count.stats == counters.Stats(dense_tokens={"dense_layer": 601})
+
+
+@pytest.mark.parametrize("first_is_dense", [True, False])
+def test_a_group_with_a_sparse_layer_is_planned(calls, first_is_dense):
+    classes, other = Classes(SPARSE), Classes(dataclasses.replace(SPARSE, num_dense_layers=2))
+    impls = [other.impl, classes.impl] if first_is_dense else [classes.impl, other.impl]
+    classes.builder._undecided = list(impls)
+    step = Step([Request(1, 400), Request(600)], 16, 5)
+    for _ in range(3):
+        metadata = classes.build(step)
+        assert len(metadata.flashprefill.plan.sparse) == 1
+        for impl in impls:
+            query, key, value, output = step.inputs()
+            impl.forward(classes.layer, query, key, value, step.kv_cache, metadata, output=output)
+    assert classes.builder._undecided == []
+
+
+@pytest.mark.skipif(vllm_version() != "0.10.0", reason="this vLLM names a builder's layers")
+def test_nothing_is_planned_for_layers_with_windows_beside_full_ones_that_are_not_named(calls, monkeypatch):
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    full, windowed = Classes(SPARSE), Classes(SPARSE, sliding_window=64)
+    layers = windowed.vllm_config.compilation_config.static_forward_context
+    monkeypatch.setitem(layers, "model.layers.0.self_attn.attn", full.layer)
+    monkeypatch.setitem(layers, LAYER, windowed.layer)
+    shape = dict(block_size=16, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=DTYPE, use_mla=False)
+    make = functools.partial(type(windowed.builder), vllm_config=windowed.vllm_config, device=torch.device("cpu"))
+    windowed.builder = make(SlidingWindowSpec(**shape, sliding_window=64))
+    assert list(windowed.builder.own_layers()) == [windowed.layer]
+    full.builder = make(FullAttentionSpec(**shape))
+    full.set_config(SPARSE)
+    step = Step([Request(1, 400), Request(600)], 16, 5)
+    assert len(full.build(step).flashprefill.plan.sparse) == 1
+    monkeypatch.setattr("vllm_flashprefill.backend.builder.plan_step", None)
+    assert not hasattr(windowed.build(step), "flashprefill")
 
 
 @pytest.mark.parametrize("name", ["_q_scale", "_k_scale", "_v_scale"])
@@ -187,11 +236,11 @@ def test_a_cache_of_another_shape_than_was_expected_is_dense(calls, monkeypatch,
     assert f"a layer stays dense, since its cache is {tuple(step.kv_cache.shape)}" in caplog.text
 
 
-def test_a_cache_of_other_heads_is_dense(calls):
+def test_a_cache_of_other_heads_is_dense(calls, monkeypatch):
     classes = Classes(EXACT, num_heads=8, num_kv_heads=4)
     step = Step([Request(600)], 16, 0)
     query, key, value, output = (x.repeat(1, 2, 1) for x in step.inputs())
-    classes.impl.vllm_forward = lambda *args, **named: output
+    monkeypatch.setattr(vllms_class(type(classes.impl)), "forward", lambda *args, **named: output)
     with counted() as count:
         classes.impl.forward(
             classes.layer, query, key, value, step.kv_cache, attn_metadata=classes.build(step), output=output

@@ -1,5 +1,7 @@
 """Steps of sparse and dense requests, through a builder and an impl."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -91,6 +93,27 @@ def test_a_step_with_no_sparse_request_is_vllms_own(calls):
     assert call["attn_metadata"] is metadata and vars(metadata) == before
     assert_dense(step, output)
     assert count.stats.dense_tokens == {"decode": 2, "short_prompt": 200}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_nothing_is_uploaded_for_dense_requests_that_lie_together(calls, first, monkeypatch):
+    monkeypatch.setattr("vllm_flashprefill.backend.batch.upload", None)
+    classes = Classes(EXACT)
+    step = Step([*[Request(500)] * first, Request(1, 400), Request(200), Request(1, 30), Request(600)], 16, 2)
+    common = step.common()
+    with mock.patch.object(step, "common", lambda: common):
+        metadata = classes.build(step)
+    assert metadata.flashprefill.dense_rows == slice(500 * first, 500 * first + 202)
+    assert metadata.flashprefill.dense_requests == slice(first, first + 3)
+    dense_metadata = metadata.flashprefill.dense_metadata
+    for part, whole in (
+        (dense_metadata.block_table, common.block_table_tensor[first:]),
+        (dense_metadata.slot_mapping, common.slot_mapping[500 * first :]),
+        (dense_metadata.seq_lens, common.seq_lens[first:]),
+    ):
+        assert part.data_ptr() == whole.data_ptr()
+    assert dense_metadata.query_start_loc.tolist() == [0, 1, 201, 202]
+    assert_dense(step, classes.forward(step, metadata))
 
 
 @pytest.mark.parametrize("together", [True, False])
