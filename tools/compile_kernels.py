@@ -27,11 +27,11 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_flashprefill.kernels import block_mean, block_select, configs, sparse_attention
+from vllm_flashprefill.kernels import block_mean, block_select, configs, sparse_attention, value_tiles
 from vllm_flashprefill.kernels.descriptors import TensorDescriptor
 
 # None where this Triton has no Gluon for Hopper.
-hopper = sparse_attention.hopper
+hopper, hopper_e4m3, hopper_fp8 = (getattr(sparse_attention, name) for name in ("hopper", "hopper_e4m3", "hopper_fp8"))
 
 # What configs.gpu_kind says of them, and the bytes of shared memory a block may have.
 ARCHS = {80: "ampere", 86: "small", 89: "small", 90: "hopper", 100: "blackwell", 120: "small"}
@@ -58,7 +58,8 @@ FLOATS = ("scale", "log2_alpha", "log2_candidate")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel to compile. values: of its constants, and of some that other kernels have; absent: None arguments."""
+    """One kernel to compile. values: of its constants, and of some that other kernels have; absent: None arguments, and
+    q_codes where queries are in 16 bits."""
 
     label: str
     kernel: triton.JITFunction
@@ -73,7 +74,7 @@ class Case:
 
     @property
     def q_dtype(self) -> str:
-        return self.dtype if "q_scale_ptr" in self.absent else "u8"
+        return self.dtype if {"q_scale_ptr", "q_codes"} & set(self.absent) else "u8"
 
 
 def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: list[bool]) -> Iterator[Case]:
@@ -116,6 +117,11 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
         " tma": (sparse_attention._sparse_attention_kernel, configs.ATTENTION_TMA),
         " gluon": (getattr(hopper, "_sparse_attention_hopper_kernel", None), configs.ATTENTION_GLUON),
     }
+    e4m3_tables = {
+        **tables,
+        " gluon": (getattr(hopper_e4m3, "_sparse_attention_hopper_e4m3_kernel", None), configs.ATTENTION_GLUON),
+        " fp8": (getattr(hopper_fp8, "_sparse_attention_hopper_fp8_kernel", None), configs.ATTENTION_GLUON),
+    }
     for page_size in page_sizes:
         for is_fp8 in fp8:
             if is_fp8 and not page_size:
@@ -129,19 +135,28 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 kernel = block_mean._block_mean_kernel
                 values = {**paged, **values}
                 yield case(kernel, f"block_mean{pieces} {name}", {"num_warps": 4}, (*absent, *whole), **values)
-            for suffix, (kernel, table) in tables.items():
+            if is_fp8 and (kind, head_size) in configs.ATTENTION_GLUON:
+                kernel = value_tiles._value_tiles_kernel
+                yield case(kernel, f"value_tiles {name}", {"num_warps": 4}, **paged)
+            for suffix, (kernel, table) in (e4m3_tables if is_fp8 else tables).items():
                 config = table.get((kind, head_size))
-                if config is None or kernel is None or (config.gluon and is_fp8):
+                if config is None or kernel is None:
                     continue
                 if config.tma and TensorDescriptor is None:
                     continue
                 if config.gluon:
                     paged["BOX"] = hopper.box_rows(page_size, 128)
+                    paged["WIDE_LAYOUT"], paged["SUM_LAYOUT"] = hopper.tile_layout(2), hopper_fp8.SUM_LAYOUT
                 elif config.tma and page_size % config.block_n:
                     continue
                 descriptors = () if config.tma else ("k_desc", "v_desc")
                 sinks = ["sinks_ptr"] * (not config.gluon)
                 kinds = {what: [*scale, *sinks] for what, scale in queries.items()}
+                if suffix == " fp8":
+                    kinds = {", e4m3 queries": []}
+                elif config.gluon and is_fp8:
+                    # Its scales are always there.
+                    kinds = {"": ["q_codes"], ", e4m3 queries": []}
                 if page_size and True in fp8 and not is_fp8:
                     kinds[", sinks"] = ["q_scale_ptr"]
                 for what, missing in kinds.items():
@@ -199,8 +214,24 @@ def descriptor_type(case: Case, name: str, is_gluon: bool) -> str:
     head_size = case.values["HEAD_SIZE"]
     if not is_gluon:
         return f"tensordesc<{case.kv_dtype}{[case.values['BLOCK_N'], head_size]}>"
+    if case.values["FP8"]:
+        return e4m3_descriptor_type(case, name)
     shape = [64, head_size] if name == "q_desc" else [case.values["BOX"], hopper.PANEL]
     return f"tensordesc<{case.kv_dtype}{shape},{hopper.tile_layout(2)!r}>"
+
+
+def e4m3_descriptor_type(case: Case, name: str) -> str:
+    head_size = case.values["HEAD_SIZE"]
+    layout, dtype = hopper_e4m3.codes_layout(head_size), "fp8e4nv"
+    shape = [case.values["BOX"], head_size]
+    if name == "q_desc":
+        shape = [64, head_size]
+        if case.q_dtype != "u8":
+            layout, dtype = hopper.tile_layout(2), case.dtype
+    elif name == "v_desc" and "SUM_LAYOUT" in [param.name for param in case.kernel.params]:
+        # Of values transposed.
+        layout, shape = hopper_e4m3.codes_layout(128), [head_size, 128]
+    return f"tensordesc<{dtype}{shape},{layout!r}>"
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from vllm_flashprefill.key_values import KeyValues
 
 @triton.jit
 def _load_words(
-    v_ptr, tokens, seq_len, table_row_ptr, first_token, stride_page, stride_token,
+    words_ptr, tokens, seq_len, table_row_ptr, first_token, stride_page, stride_token,
     WORDS: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """[tokens, WORDS] words of 4 columns; of tokens past the sequence 0."""
@@ -25,7 +25,7 @@ def _load_words(
         offs = pages.to(tl.int64) * stride_page + (tokens % PAGE_SIZE).to(tl.int64) * stride_token
     else:
         offs = (first_token + tokens).to(tl.int64) * stride_token
-    return tl.load(v_ptr + offs[:, None] + tl.arange(0, WORDS)[None, :], mask=mask[:, None], other=0)
+    return tl.load(words_ptr + offs[:, None] + tl.arange(0, WORDS)[None, :], mask=mask[:, None], other=0)
 
 
 @triton.jit
@@ -35,11 +35,11 @@ def _byte(x, n: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_mean_rows", "stride_table"])
 def _value_tiles_kernel(
-    v_ptr, tiles_ptr, block_table_ptr, requests_ptr, stride_vp: tl.int64, stride_vt, stride_vg, stride_table,
+    words_ptr, tiles_ptr, block_table_ptr, requests_ptr, stride_vp: tl.int64, stride_vt, stride_vg, stride_table,
     num_mean_rows,
     HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and strides are of words of 4 codes."""
+    """words_ptr: the values, as words of 4 codes; tiles_ptr and strides likewise."""
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     request_ptr = requests_ptr + tl.program_id(2) * columns.REQUEST_COLUMNS
@@ -48,19 +48,19 @@ def _value_tiles_kernel(
         return
     table_row_ptr = block_table_ptr
     first_token = 0
-    v_ptr += kv_head.to(tl.int64) * stride_vg
+    words_ptr += kv_head.to(tl.int64) * stride_vg
     if PAGE_SIZE > 0:
         table_row_ptr += tl.load(request_ptr + columns.TABLE_ROW).to(tl.int64) * stride_table
     else:
-        v_ptr += tl.load(request_ptr + columns.BATCH).to(tl.int64) * stride_vp
+        words_ptr += tl.load(request_ptr + columns.BATCH).to(tl.int64) * stride_vp
         first_token = tl.load(request_ptr + columns.KV_START)
     WORDS: tl.constexpr = HEAD_SIZE // 4
     offs_word = tl.arange(0, BLOCK // 4)
     tokens = block * BLOCK + offs_word // 4 * 16 + offs_word % 4 * 2
-    a = _load_words(v_ptr, tokens, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
-    b = _load_words(v_ptr, tokens + 1, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
-    c = _load_words(v_ptr, tokens + 8, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
-    d = _load_words(v_ptr, tokens + 9, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
+    a = _load_words(words_ptr, tokens, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
+    b = _load_words(words_ptr, tokens + 1, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
+    c = _load_words(words_ptr, tokens + 8, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
+    d = _load_words(words_ptr, tokens + 9, seq_len, table_row_ptr, first_token, stride_vp, stride_vt, WORDS, PAGE_SIZE)
     row = kv_head.to(tl.int64) * num_mean_rows + tl.load(request_ptr + columns.MEAN_START) + block
     # [BLOCK // 4, WORDS]
     to_ptrs = tiles_ptr + row * (HEAD_SIZE * BLOCK // 4) + offs_word[:, None]
