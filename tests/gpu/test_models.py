@@ -89,7 +89,7 @@ def test_alpha_0_is_vllms_own(name, tmp_path, plugin_path):
         if kind.refused is None or kind.refused not in str(failure):
             raise
         pytest.skip(f"vLLM alone does not run it here: {last_error(str(failure))}")
-    result, log = run(job, plugin_path, OPTIONS)
+    result, log = run(job, plugin_path, OPTIONS | kind.options)
     assert "FlashPrefill is registered" in log
     check_stats(kind, result)
     for got, other in zip(result["answers"], expected["answers"], strict=True):

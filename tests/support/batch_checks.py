@@ -4,6 +4,7 @@ On the GPU vLLM's classes are what it serves with; a CPU test puts PyTorch in pl
 """
 
 import contextlib
+import dataclasses
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -18,9 +19,14 @@ from vllm_flashprefill.backend.device_counts import device_counts
 
 
 class Pair:
-    """Our side and vLLM's own for one shape, and what is seen of vLLM's classes while `watched`."""
+    """Our side and vLLM's own for one shape, and what is seen of vLLM's classes while `watched`.
 
-    def __init__(self, shape, device, full_graphs):
+    Attributes:
+        options: of our side's config, beside a batch's.
+    """
+
+    def __init__(self, shape, device, full_graphs, options=None):
+        self.options = options or {}
         backend = our_backend()
         own = backend.__bases__[-1]
         self.shape, self.device = shape, device
@@ -56,7 +62,7 @@ def check_batch(batch, pair):
     """alpha 0 is vLLM's own attention; with any alpha each request gets in the batch what it gets alone."""
     step = Step(batch, pair)
     fill_scratch(pair.ours.impl._workspace)
-    pair.ours.set_config(batch.config(0.0))
+    pair.ours.set_config(dataclasses.replace(batch.config(0.0), **pair.options))
     with counted() as count, pair.watched() as seen:
         out, metadata = step.run(pair.ours)
     plan = metadata.flashprefill.plan
@@ -72,7 +78,7 @@ def check_batch(batch, pair):
     if not plan.sparse:
         assert torch.equal(out[: step.num_tokens], vllms[: step.num_tokens]), "a step of vLLM's own"
 
-    pair.ours.set_config(batch.config(batch.alpha))
+    pair.ours.set_config(dataclasses.replace(batch.config(batch.alpha), **pair.options))
     together, _ = step.run(pair.ours)
     is_sparse = np.zeros(len(batch.requests), dtype=bool)
     is_sparse[[request.index for request in plan.sparse]] = True
@@ -133,18 +139,18 @@ def fill_scratch(workspace):
 class PairCache(dict):
     """Pairs of a shape by whether vLLM is to use full CUDA graphs, made when first asked for."""
 
-    def __init__(self, shape, device):
+    def __init__(self, shape, device, options=None):
         super().__init__()
-        self.shape, self.device = shape, device
+        self.shape, self.device, self.options = shape, device, options
 
     def __missing__(self, full_graphs):
-        self[full_graphs] = Pair(self.shape, self.device, full_graphs)
+        self[full_graphs] = Pair(self.shape, self.device, full_graphs, self.options)
         return self[full_graphs]
 
 
-def run_batches(shape, device, seeds, longest=6000):
+def run_batches(shape, device, seeds, longest=6000, options=None):
     """Check the batches of some seeds; returns (kept, visible) key blocks of all their sparse layers."""
-    pairs = PairCache(shape, device)
+    pairs = PairCache(shape, device, options)
     blocks = device_counts(device).blocks.sum(0)
     for seed in seeds:
         batch = random_batch(seed, shape.page_size, longest)

@@ -28,6 +28,7 @@ class Kind:
         noise: mean difference of log-probabilities that is put down to rounding; one may differ by ten times as much.
         drafts: whether tokens are drafted, so that steps hold more tokens than are answered.
         refused: what vLLM alone says where it does not run this kind.
+        options: environment variables for FlashPrefill.
     """
 
     config: Callable
@@ -40,6 +41,7 @@ class Kind:
     noise: float = 0.03
     drafts: bool = False
     refused: str | None = None
+    options: dict[str, str] = field(default_factory=dict)
 
 
 def llama():
@@ -171,6 +173,9 @@ KINDS = {
     "llama_ngram": Kind(llama, 3, engine={"speculative_config": NGRAM}, drafts=True),
     # vLLM rounds probabilities to e4m3.
     "llama_fp8_cache": Kind(llama, 3, engine={"kv_cache_dtype": "fp8"}, noise=0.1),
+    "llama_fp8_products": Kind(
+        llama, 3, engine={"kv_cache_dtype": "fp8"}, noise=0.1, options={"FLASHPREFILL_COMPUTE_DTYPE": "fp8"}
+    ),
     "mistral": Kind(mistral, dense_layers={"sliding_window": 3}),
     "gemma2": Kind(gemma2, dense_layers={"sliding_window": 2, "logits_soft_cap": 2}),
     "gemma3": Kind(gemma3, 2, {"sliding_window": 2}, noise=0.08),

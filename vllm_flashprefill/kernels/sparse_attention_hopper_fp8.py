@@ -63,6 +63,19 @@ def _operand(p, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _thread_sums(p):
+    """[ROWS, 4], the sums that the 4 threads which share a row have, each of its own columns."""
+    p = gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(p, axis=3), axis=1)
+
+
+@gluon.jit
+def _add_to_sums(sums, correction, p):
+    layout: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    return sums * gl.convert_layout(correction, layout)[:, None] + _thread_sums(p)
+
+
+@gluon.jit
 def _consumer(
     args,
     HALF: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
@@ -108,7 +121,7 @@ def _consumer(
         row_max = gl.max(s, axis=1) * scale
         # log2 of the probabilities.
         x = s * scale - (row_max - P_EXPONENT)[:, None]
-        row_sum = gl.zeros([ROWS], gl.float32, row_layout)
+        row_sum = _thread_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_layout))
         # Of what is summed up so far, to the maximum that now is.
         correction = gl.full([ROWS], 1.0, gl.float32, row_layout)
         acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, acc_layout)
@@ -128,7 +141,7 @@ def _consumer(
                 q, k_buffers.index(slot).permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
             )
             p = gl.exp2(x)
-            row_sum = row_sum * correction + gl.sum(p, axis=1)
+            row_sum = _add_to_sums(row_sum, correction, p)
             acc = acc * gl.convert_layout(correction, acc_row_layout)[:, None]
             if tile % TILES_A_SUM == 0:
                 sum_correction = gl.convert_layout(gl.exp2(sum_max - row_max), acc_row_layout)[:, None]
@@ -153,7 +166,7 @@ def _consumer(
 
         mbarrier.arrive(q_free, count=1)
         p = gl.exp2(x)
-        row_sum = row_sum * correction + gl.sum(p, axis=1)
+        row_sum = _add_to_sums(row_sum, correction, p)
         acc = acc * gl.convert_layout(correction, acc_row_layout)[:, None]
         slot = step % STAGES
         mbarrier.wait(v_ready.index(slot), step // STAGES & 1)
@@ -161,10 +174,11 @@ def _consumer(
         mbarrier.arrive(v_free.index(slot), count=1)
         step += 1
         acc += sum_buffer.load(acc_layout) * gl.convert_layout(gl.exp2(sum_max - row_max), acc_row_layout)[:, None]
+        total = gl.convert_layout(gl.sum(row_sum, axis=1), acc_row_layout)
         if HAS_SINKS:
             sink = gl.load(sinks_ptr + pair % NUM_HEADS).to(gl.float32)
-            row_sum += gl.exp2(sink * LOG2_E - (row_max - P_EXPONENT))
-        acc = acc * gl.convert_layout(v_scale / row_sum, acc_row_layout)[:, None]
+            total += gl.exp2(sink * LOG2_E - (gl.convert_layout(row_max, acc_row_layout) - P_EXPONENT))
+        acc = acc * (v_scale / total)[:, None]
         _store_half(
             acc.to(out_ptr.dtype.element_ty), out_ptr, request_ptr, query_block, pair % NUM_HEADS, stride_ob, stride_ot,
             stride_oh, HALF, BLOCK,

@@ -59,6 +59,19 @@ def test_batches_with_an_e4m3_cache(shape, seeds):
     assert len(seeds) < 20 or 0 < kept < visible
 
 
+@pytest.mark.parametrize(
+    "shape, seeds",
+    [
+        pytest.param(*case, id=str(case[0]))
+        for case in spread([shape for shape in QUANTISED if shape.head_size < 256], max(6, NUM_BATCHES // 20))
+    ],
+)
+def test_batches_with_products_in_e4m3(shape, seeds):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("products in e4m3 are for Hopper GPUs")
+    run_batches(shape, DEVICE, seeds, options={"compute_dtype": "fp8"})
+
+
 def batch_of(*requests, full_graphs=False, alpha=0.3):
     return Batch(0, 16, list(requests), 3, False, True, full_graphs, alpha, 1, 300)
 
