@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,12 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def model_words(model: str, engine: Mapping[str, Any]) -> str:
+    """What a row calls a model: its name, and its KV cache where that was asked for."""
+    cache = engine.get("kv_cache_dtype", "auto")
+    return Path(model).name + ("" if cache == "auto" else f", {cache} KV cache")
+
+
 def main() -> None:
     options = parse_arguments()
     # Ended from outside, it ends its engines.
@@ -352,7 +359,7 @@ def main() -> None:
     settings = dense["settings"] + sparse["settings"]
     rows = report.sample_rows(samples, settings)
     result = {
-        "model": Path(options.model).name,
+        "model": model_words(options.model, options.engine),
         **sparse["what_ran"],
         "commit": job["commit"],
         "complete": whole,

@@ -142,3 +142,10 @@ def test_predictions_are_split_where_the_dense_tail_begins():
     assert (before["agreement"], tail["agreement"]) == (1, round(214 / 215, 4))
     assert tail["density"] == 0.5
     assert "before the tail" in report.tables({"changes": [], "predictions": [before, tail]})
+
+
+def test_a_row_names_a_cache_that_was_asked_for():
+    from evaluation.__main__ import model_words
+
+    assert model_words("/models/Qwen-1.5B", {}) == model_words("/models/Qwen-1.5B", {"kv_cache_dtype": "auto"})
+    assert model_words("/models/Qwen-1.5B", {"kv_cache_dtype": "fp8"}) == "Qwen-1.5B, fp8 KV cache"
