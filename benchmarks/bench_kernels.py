@@ -3,9 +3,15 @@
     python -m benchmarks.bench_kernels                  the table: 4K to 256K tokens, 32/8 heads of 128
     python -m benchmarks.bench_kernels --cases shapes   other heads and head sizes, ragged batches, chunks, pages
     python -m benchmarks.bench_kernels --piece-size 0   blocks chosen by the published score
+    python -m benchmarks.bench_kernels --kinds bf16 e4m3 e4m3-fp8    e4m3 caches beside it, and products in e4m3 too
 
 Each row is checked first, on the inputs it is timed on: query blocks of every kind against float64 over the blocks
 the kernel kept, and the kept blocks against the reference's scores. A row whose check fails has no speedup.
+
+All kinds of a case have the same inputs, those of e4m3 rounded to it with a scale of 1, queries too, as vLLM hands
+them; its blocks are chosen by the codes, for the same density. Their output is in float16, in which a sharper check is
+possible than in bfloat16. Dense attention is in bfloat16 and is timed once a case. Values that are transposed for
+products in e4m3 are so with the pooling: `pool_ms` has that time, `attend_ms` has not.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import datetime
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,11 +38,19 @@ from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.configs import num_multiprocessors
 from vllm_flashprefill.kernels.pipeline import list_scratch, run_stages
 from vllm_flashprefill.kernels.schedule import schedule_step
-from vllm_flashprefill.kernels.sparse_attention import sparse_attention
-from vllm_flashprefill.key_values import KeyValues
+from vllm_flashprefill.kernels.sparse_attention import sparse_attention, takes_fp8_products
+from vllm_flashprefill.kernels.value_tiles import value_tiles
+from vllm_flashprefill.key_values import KeyValues, is_e4m3
 from vllm_flashprefill.plan import SparseRequest, StepPlan
+from vllm_flashprefill.reference import sparse_attention_fp8_ref
+
+# (dtype of keys and values, `compute_dtype`)
+KINDS = {"bf16": ("bf16", "auto"), "e4m3": ("e4m3", "auto"), "e4m3-fp8": ("e4m3", "fp8")}
 
 TIE = 0.01
+# The largest error allowed: over that of plain PyTorch; of products in e4m3, over that of their reference. It is some
+# 1.7 % of the output, which less than LEAST_FP8_ERROR of it would not be: another kernel must have run.
+MOST_ERROR, MOST_FP8_ERROR, LEAST_FP8_ERROR = 2.0, 1.15, 0.5
 # Blocks that the published score leaves for the pieces to choose from, over those kept: 41 and 17 % of the blocks of
 # 32,000 tokens of Qwen2.5-Coder-1.5B.
 CANDIDATES = 2.4
@@ -91,21 +106,25 @@ class Stages:
         lengths: tuple[int, ...] = (),
         piece_size: int = 8,
         beside: bool = False,
+        kv_dtype: str = "bf16",
+        compute_dtype: str = "auto",
     ):
-        total = k.shape[1]
-        self.plain = (k, v)
+        total, self.device = k.shape[1], k.device
+        if kv_dtype == "e4m3":
+            q, k, v = (e4m3_codes(x) for x in (q, k, v))
         self.q, self.kv = q, KeyValues(k, v)
         if query_len:
             self.q = q[:, -query_len:]
+        self.numbers = [numbers(x) for x in (self.q, k, v)]
         if page_size:
             pages = -(-total // page_size)
-            order = torch.randperm(pages, device="cuda", dtype=torch.int32)
+            order = torch.randperm(pages, device=self.device, dtype=torch.int32)
             if beside:
                 heads, head_size = k.shape[2:]
-                cache = torch.empty(pages, page_size, heads, 2 * head_size, device="cuda", dtype=k.dtype)
+                cache = torch.empty(pages, page_size, heads, 2 * head_size, device=self.device, dtype=k.dtype)
                 cache = cache.split(head_size, dim=-1)
             else:
-                cache = torch.empty(2, pages, page_size, *k.shape[2:], device="cuda", dtype=k.dtype)
+                cache = torch.empty(2, pages, page_size, *k.shape[2:], device=self.device, dtype=k.dtype)
             for n, x in enumerate((k, v)):
                 cache[n][order.long()] = x[0].view(pages, page_size, *k.shape[2:])
             self.kv = KeyValues(cache[0], cache[1], order[None].contiguous())
@@ -117,17 +136,22 @@ class Stages:
         ) or (SparseRequest(0, 0, tokens, total - tokens, total),)
         self.plan = StepPlan(self.requests)
         self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
-        self.config = FlashPrefillConfig(piece_size=piece_size)
+        self.config = FlashPrefillConfig(piece_size=piece_size, compute_dtype=compute_dtype)
         self.schedule = self.make_schedule()
         self.mean = block_mean(self.kv, self.schedule)
         self.pieces = None
         if piece_size:
             groups, rows, head_size = self.mean.shape
             self.pieces = self.mean.new_empty(groups, rows, self.config.num_pieces, head_size)
+        self.value_tiles = None
+        if compute_dtype == "fp8":
+            if not takes_fp8_products(self.q, self.kv):
+                raise RuntimeError("this GPU and Triton have no kernel that multiplies these in e4m3")
+            self.value_tiles = self.mean.new_empty(*self.mean.shape, self.config.block_size, dtype=torch.uint8)
         self.pool()
         self.lists, self.counts = list_scratch(self.q, self.schedule)
         self.scores = score_scratch(self.q, self.schedule, piece_size > 0)
-        self.out = torch.empty_like(self.q)
+        self.out = torch.empty_like(self.numbers[0])
 
     def make_schedule(self):
         return schedule_step(
@@ -138,13 +162,16 @@ class Stages:
         )
 
     def pool(self):
+        """What is done to keys and values before any block is chosen."""
         block_mean(self.kv, self.schedule, self.mean, self.pieces)
+        if self.value_tiles is not None:
+            value_tiles(self.kv, self.schedule, self.value_tiles)
 
     def select(self, launch=None, slab=None):
         scores = self.scores
         if launch:
             rows = launch.programs_per_sm * num_multiprocessors(self.q.device)
-            scores = torch.empty(rows, self.schedule.max_key_blocks, device="cuda")
+            scores = torch.empty(rows, self.schedule.max_key_blocks, device=self.device)
         block_select(
             self.q, self.mean, self.schedule, slab or self.schedule.slabs[0], pieces=self.pieces, config=self.config,
             softmax_scale=self.scale, lists=self.lists, counts=self.counts, scores=scores, launch=launch,
@@ -153,7 +180,7 @@ class Stages:
     def attend(self, launch=None, slab=None):
         sparse_attention(
             self.q, self.kv, self.schedule, slab or self.schedule.slabs[0], lists=self.lists,
-            counts=self.counts, softmax_scale=self.scale, out=self.out, launch=launch,
+            counts=self.counts, softmax_scale=self.scale, out=self.out, value_tiles=self.value_tiles, launch=launch,
         )  # fmt: skip
 
     def all(self):
@@ -195,12 +222,26 @@ class Stages:
         score = torch.exp(score - score.max())
         return score, score.max(), above.abs() < TIE
 
+    def usual(self, q, k, v, p, context_len: int) -> torch.Tensor:
+        """What may err as the kernel does: plain PyTorch in the inputs' precision, or products in e4m3.
+
+        Args:
+            q: [rows, D]. k, v: [tokens, D] of the kept blocks. p: [rows, tokens] float64, exact.
+            context_len: tokens of the kept blocks before the first row.
+        """
+        if self.config.compute_dtype != "fp8":
+            return p.to(q.dtype) @ v
+        kept = torch.ones(1, 1, -(-len(k) // 128), dtype=torch.bool, device=q.device)
+        rows, keys, values = (x.float()[:, None] for x in (q, k, v))
+        how = dict(context_len=context_len, block_size=128, softmax_scale=self.scale)
+        return sparse_attention_fp8_ref(rows, keys, values, kept, **how)[:, 0]
+
     def check(self) -> tuple[float, int, int]:
-        """(largest error over plain PyTorch's, selections at the threshold, selections looked at); raises if wrong."""
+        """(largest error over `usual`'s, selections at the threshold, selections looked at); raises if wrong."""
         self.out.fill_(torch.nan)
         self.all()
         assert not self.out.isnan().any()
-        group = self.heads // self.plain[0].shape[2]
+        group = self.heads // self.kv.num_heads
         ratio, ties, seen = 0.0, 0, 0
         generator = torch.Generator().manual_seed(1)
         for slab in self.schedule.slabs:
@@ -210,7 +251,7 @@ class Stages:
                 row, block, slot = self.schedule.items[slab.first_item + n].tolist()
                 request = self.requests[row]
                 seq_len, context_len = request.seq_len, request.context_len
-                k, v = (x[0, request.kv_start :][:seq_len] for x in self.plain)
+                k, v = (x[0, request.kv_start :][:seq_len] for x in self.numbers[1:])
                 first = max(block * 128, context_len)
                 last = min(block * 128 + 128, seq_len)
                 at = request.query_start - context_len
@@ -218,33 +259,48 @@ class Stages:
                 for h in torch.randint(self.heads, (3,), generator=generator).tolist():
                     start = slot * self.heads + h * (block + 1)
                     kept = self.lists[start : start + counts[n, h]].long()
-                    tokens = (kept[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
+                    tokens = (kept[:, None] * 128 + torch.arange(128, device=self.device)).flatten()
                     tokens = tokens[tokens < seq_len]
-                    q = self.q[0, rows, h]
-                    causal = tokens[None] <= torch.arange(first, last, device="cuda")[:, None]
-                    results = []
-                    for dtype in (torch.float64, q.dtype):
-                        logits = q.double() @ k[tokens, h // group].double().T
-                        p = (logits * self.scale).masked_fill(~causal, -torch.inf).softmax(-1).to(dtype)
-                        results.append(p @ v[tokens, h // group].to(dtype))
-                    error = (self.out[0, rows, h].double() - results[0]).norm()
-                    ratio = max(ratio, (error / (results[1].double() - results[0]).norm()).item())
+                    q = self.numbers[0][0, rows, h]
+                    keys, values = k[tokens, h // group], v[tokens, h // group]
+                    causal = tokens[None] <= torch.arange(first, last, device=self.device)[:, None]
+                    logits = (q.double() @ keys.double().T * self.scale).masked_fill(~causal, -torch.inf)
+                    p = logits.softmax(-1)
+                    exact = p @ values.double()
+                    # The query's own block is the last of those kept.
+                    usual = self.usual(q, keys, values, p, (len(kept) - 1) * 128 + first - block * 128)
+                    error, usual_error = ((x.double() - exact).norm().item() for x in (self.out[0, rows, h], usual))
+                    ratio = max(ratio, error / usual_error)
                     # The kept blocks, against the reference's score of all but the query's own block.
                     tail = -(-seq_len // 128) - self.config.num_dense_tail_blocks
                     if block < 1 or block >= tail or last - first < 128:
                         continue
                     score, most, unsure = self.reference_score(q, k[: (block + 1) * 128, h // group])
-                    j = torch.arange(block, device="cuda")
+                    j = torch.arange(block, device=self.device)
                     always = (j < self.config.num_sink_blocks) | (block - j < self.config.num_window_blocks)
                     expected = (score >= self.config.alpha * most) | always
-                    got = torch.zeros(block + 1, dtype=torch.bool, device="cuda")
+                    got = torch.zeros(block + 1, dtype=torch.bool, device=self.device)
                     got[kept] = True
                     differs = expected != got[:block]
                     near = unsure | ((score - self.config.alpha * most).abs() <= TIE * self.config.alpha * most)
                     assert not (differs & ~near).any(), "a selection differs that is not at the threshold"
                     ties, seen = ties + int(differs.sum()), seen + block
-        assert ratio <= 2.0, f"error {ratio:.2f} times plain PyTorch's"
+        if self.config.compute_dtype == "fp8":
+            assert ratio <= MOST_FP8_ERROR, f"error {ratio:.2f} times that of the reference of products in e4m3"
+            assert ratio >= LEAST_FP8_ERROR, f"error {ratio:.2f} times that of products in e4m3, which these cannot be"
+        else:
+            assert ratio <= MOST_ERROR, f"error {ratio:.2f} times plain PyTorch's"
         return ratio, ties, seen
+
+
+def e4m3_codes(x: torch.Tensor) -> torch.Tensor:
+    """x in e4m3 as uint8, beyond its range its ends."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def numbers(x: torch.Tensor) -> torch.Tensor:
+    """x; what e4m3 codes stand for in float16, which holds each of them exactly."""
+    return x.view(torch.float8_e4m3fn).half() if is_e4m3(x) else x
 
 
 def alpha_for_density(stages: Stages, density: float) -> None:
@@ -271,12 +327,9 @@ def median_ms(call, rep: int = 200) -> float:
     return do_bench(call, warmup=rep // 5, rep=rep, return_mode="median")
 
 
-def dense_ms(stages: Stages, backend: SDPBackend, rep: int) -> float | None:
+def dense_ms(inputs: Sequence[torch.Tensor], lengths: tuple[int, ...], backend: SDPBackend, rep: int) -> float | None:
     """PyTorch's dense attention of the same prompts, one after another; None where the backend refuses."""
-    prompts = [
-        [x[:, request.kv_start :][:, : request.query_len].transpose(1, 2) for x in (stages.q, *stages.plain)]
-        for request in stages.requests
-    ]
+    prompts = list(zip(*(x.transpose(1, 2).split(lengths, dim=2) for x in inputs), strict=True))
 
     def call():
         with sdpa_kernel(backend):
@@ -290,56 +343,68 @@ def dense_ms(stages: Stages, backend: SDPBackend, rep: int) -> float | None:
         return None
 
 
-def measure(case: Case, commit: str, piece_size: int, beside: bool = False) -> dict:
-    """Check one case, time it, and return its row."""
+def measure(case: Case, commit: str, piece_size: int, kinds: Sequence[str], beside: bool = False) -> Iterator[dict]:
+    """Check one case, time it, and return its row, for each kind."""
     total = sum(case.lengths)
-    q, k, v = structured_qkv(total, heads=case.heads, kv_heads=case.kv_heads, dim=case.head_size)
+    inputs = structured_qkv(total, heads=case.heads, kv_heads=case.kv_heads, dim=case.head_size)
     lengths = case.lengths if len(case.lengths) > 1 else ()
     how = dict(page_size=case.page_size, query_len=case.query_len, piece_size=piece_size, beside=beside)
-    stages = Stages(q, k, v, lengths=lengths, **how)
-    alpha_for_density(stages, case.density)
-    density = stages.density()
-    error, ties, seen = stages.check()
-    sparse = median_ms(stages.all)
-    pool = median_ms(stages.pool, 50)
-    select = attend = 0.0
-    for slab in stages.schedule.slabs:
-        select += median_ms(functools.partial(stages.select, slab=slab), 50)
-        attend += median_ms(functools.partial(stages.attend, slab=slab), 100)
-    rep = 1 if total > 200_000 else 200
-    fa2 = dense_ms(stages, SDPBackend.FLASH_ATTENTION, rep) if case.dense else None
-    cudnn = dense_ms(stages, SDPBackend.CUDNN_ATTENTION, rep) if case.dense else None
-    return dict(
-        date=datetime.date.today().isoformat(),
-        gpu=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        triton=triton.__version__,
-        commit=commit,
-        tokens=total,
-        prompts=len(case.lengths),
-        queries=case.query_len or total,
-        heads=case.heads,
-        kv_heads=case.kv_heads,
-        head_size=case.head_size,
-        dtype="bf16",
-        page_size=case.page_size,
-        alpha=round(stages.config.alpha, 5),
-        density=round(density, 5),
-        check="passed",
-        error_over_plain=round(error, 3),
-        ties=f"{ties}/{seen}",
-        sparse_ms=round(sparse, 4),
-        pool_ms=round(pool, 4),
-        select_ms=round(select, 4),
-        attend_ms=round(attend, 4),
-        attend_tflops=round(stages.kept_blocks() * 4 * 128 * 128 * case.head_size / attend / 1e9, 1),
-        fa2_ms=fa2 and round(fa2, 4),
-        cudnn_ms=cudnn and round(cudnn, 4),
-        times_fa2=fa2 and round(fa2 / sparse, 2),
-        times_cudnn=cudnn and round(cudnn / sparse, 2),
-        piece_size=piece_size,
-        candidate_alpha=round(stages.config.candidate_alpha, 6) if piece_size else "",
-    )
+    alphas: dict[str, dict[str, float]] = {}
+    dense: dict[str, float | None] = {}
+    for kv_dtype, compute_dtype in map(KINDS.get, kinds):
+        stages = Stages(*inputs, lengths=lengths, kv_dtype=kv_dtype, compute_dtype=compute_dtype, **how)
+        if kv_dtype in alphas:
+            stages.config = dataclasses.replace(stages.config, **alphas[kv_dtype])
+        else:
+            alpha_for_density(stages, case.density)
+            alphas[kv_dtype] = {name: getattr(stages.config, name) for name in ("alpha", "candidate_alpha")}
+        density = stages.density()
+        error, ties, seen = stages.check()
+        sparse = median_ms(stages.all)
+        pool = median_ms(stages.pool, 50)
+        select = attend = 0.0
+        for slab in stages.schedule.slabs:
+            select += median_ms(functools.partial(stages.select, slab=slab), 50)
+            attend += median_ms(functools.partial(stages.attend, slab=slab), 100)
+        if case.dense and not dense:
+            rep = 1 if total > 200_000 else 200
+            for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+                dense[name] = dense_ms(inputs, case.lengths, backend, rep)
+        fa2, cudnn = dense.get("fa2"), dense.get("cudnn")
+        yield dict(
+            date=datetime.date.today().isoformat(),
+            gpu=torch.cuda.get_device_name(),
+            torch=torch.__version__,
+            triton=triton.__version__,
+            commit=commit,
+            tokens=total,
+            prompts=len(case.lengths),
+            queries=case.query_len or total,
+            heads=case.heads,
+            kv_heads=case.kv_heads,
+            head_size=case.head_size,
+            dtype=kv_dtype,
+            page_size=case.page_size,
+            alpha=round(stages.config.alpha, 5),
+            density=round(density, 5),
+            check="passed",
+            error_over_plain=round(error, 3),
+            ties=f"{ties}/{seen}",
+            sparse_ms=round(sparse, 4),
+            pool_ms=round(pool, 4),
+            select_ms=round(select, 4),
+            attend_ms=round(attend, 4),
+            attend_tflops=round(stages.kept_blocks() * 4 * 128 * 128 * case.head_size / attend / 1e9, 1),
+            fa2_ms=fa2 and round(fa2, 4),
+            cudnn_ms=cudnn and round(cudnn, 4),
+            times_fa2=fa2 and round(fa2 / sparse, 2),
+            times_cudnn=cudnn and round(cudnn / sparse, 2),
+            piece_size=piece_size,
+            candidate_alpha=round(stages.config.candidate_alpha, 6) if piece_size else "",
+            kv_dtype=kv_dtype,
+            compute_dtype=compute_dtype,
+        )
+        del stages
 
 
 def main() -> None:
@@ -351,6 +416,13 @@ def main() -> None:
         action="store_true",
         help="pages with a head's keys and values beside each other, as in vLLM 0.26.0 and newer; no row is written",
     )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=["bf16"],
+        help="dtype of the cache; -fp8: its products in e4m3 too (default: bf16)",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these total tokens")
     parser.add_argument("--commit", help="commit to name in the rows (default: $COMMIT, else git's)")
     parser.add_argument("--csv", type=Path, default=RESULTS / "kernels.csv")
@@ -359,10 +431,10 @@ def main() -> None:
     for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:
         if args.tokens and sum(case.lengths) not in args.tokens:
             continue
-        row = measure(case, commit, args.piece_size, args.beside)
-        if not args.beside:
-            append_row(args.csv, row)
-        print({key: row[key] for key in list(row)[5:]}, flush=True)
+        for row in measure(case, commit, args.piece_size, args.kinds, args.beside):
+            if not args.beside:
+                append_row(args.csv, row)
+            print({key: row[key] for key in list(row)[5:]}, flush=True)
         torch.cuda.empty_cache()
 
 

@@ -16,16 +16,17 @@ def structured_qkv(
     dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    device: str = "cuda",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [1, seq_len, heads, dim] and k, v [1, seq_len, kv_heads, dim] on the GPU.
+    """q [1, seq_len, heads, dim] and k, v [1, seq_len, kv_heads, dim].
 
     Keys carry a theme that drifts from block to block. Queries look for the theme of where they are (the local
     band), for those of a few blocks that all queries share and of a few of their own (needles), and for the sink.
     """
-    g = torch.Generator("cuda").manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g, device="cuda")
+        return torch.randn(*shape, generator=g, device=device)
 
     num_blocks, group = -(-seq_len // 128), heads // kv_heads
     theme = normal(num_blocks, kv_heads, dim)
@@ -33,12 +34,12 @@ def structured_qkv(
     for block in range(1, num_blocks):
         theme[block] = drift * theme[block - 1] + (1 - drift**2) ** 0.5 * theme[block]
     sink = normal(kv_heads, dim)
-    shared = torch.rand(num_blocks, kv_heads, generator=g, device="cuda") < 0.01
+    shared = torch.rand(num_blocks, kv_heads, generator=g, device=device) < 0.01
 
-    k = torch.empty(seq_len, kv_heads, dim, device="cuda", dtype=dtype)
-    q = torch.empty(seq_len, heads, dim, device="cuda", dtype=dtype)
+    k = torch.empty(seq_len, kv_heads, dim, device=device, dtype=dtype)
+    q = torch.empty(seq_len, heads, dim, device=device, dtype=dtype)
     strength = torch.exp(0.5 * normal(heads, 1))
-    kv_of = torch.arange(heads, device="cuda") // group
+    kv_of = torch.arange(heads, device=device) // group
     hot = normal(kv_heads, dim)
     for start in range(0, num_blocks, 64):
         end = min(start + 64, num_blocks)
@@ -46,8 +47,8 @@ def structured_qkv(
         if start == 0:
             keys[0] += 1.5 * sink
         needles = (
-            torch.rand(end - start, heads, 4, generator=g, device="cuda")
-            * torch.arange(start, end, device="cuda")[:, None, None]
+            torch.rand(end - start, heads, 4, generator=g, device=device)
+            * torch.arange(start, end, device=device)[:, None, None]
         ).long()
         wanted = 0.5 * theme[start:end, kv_of] + 0.4 * hot[kv_of] + 0.5 * sink[kv_of]
         wanted = wanted + 0.35 * theme[needles, kv_of[None, :, None]].sum(dim=2)

@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from tools import rows
-from tools.rows import length_name, ttft_rows
+from tools.rows import append_row, kernel_rows, length_name, ttft_rows
 
 COLUMNS = ("gpu", "vllm", "model", "case", "tokens", "chunk", "check", "flash_ms")
 
@@ -43,6 +43,14 @@ def test_one_gpu_vllm_and_model(table):
     assert [row["flash_ms"] for row in ttft_rows(path, None)[0]] == ["4"]
     assert [row["flash_ms"] for row in ttft_rows(path, "H100")[0]] == ["1"]
     assert ttft_rows(path, "A100") == {}
+
+
+def test_kernel_rows_are_of_caches_in_16_bits(tmp_path):
+    shape = dict(heads=32, kv_heads=8, head_size=128, page_size=0, prompts=1, gpu="H100", piece_size=8)
+    for times, kind in enumerate((("bf16", "auto"), ("e4m3", "auto"), ("e4m3", "fp8")), start=1):
+        dtypes = dict(zip(("kv_dtype", "compute_dtype"), kind, strict=True))
+        append_row(tmp_path / "kernels.csv", dict(shape, tokens=4096, queries=4096, times_fa2=times, **dtypes))
+    assert [row["times_fa2"] for row in kernel_rows(tmp_path / "kernels.csv")] == ["1"]
 
 
 @pytest.mark.parametrize("tokens, name", [(16, "16"), (1024, "1K"), (3072, "3K"), (122880, "120K")])
