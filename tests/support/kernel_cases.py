@@ -352,7 +352,8 @@ def check_fp8_products(batch, config, scale):
         exact, _ = exact_and_plain(*part, mask, request.context_len, scale, batch.sinks)
         pairs = (expected, exact), (got.double(), exact), (got, expected)
         allowed, error, apart = (((a - b).norm() / exact.norm()).item() for a, b in pairs)
-        assert 0.001 < allowed < 0.1, "the reference's error is e4m3's"
+        # The one token of a sequence has its value, which is exact.
+        assert (0.001 if request.seq_len > 1 else 0) <= allowed < 0.1, "the reference's error is e4m3's"
         assert error <= 1.1 * allowed + 1e-3, f"error {error:.2e}, the reference's {allowed:.2e}"
         assert apart <= allowed, f"{apart:.2e} from the reference, which is {allowed:.2e} from exact"
 

@@ -146,9 +146,11 @@ class Side:
             if not has_quantised_query(self.impl):
                 # The impl quantises it itself, all heads alike.
                 q_scale = q_scale.flatten()[:1]
+            quantises = has_quantised_query(self.impl)
             self.layer = SimpleNamespace(
-                layer_name=LAYER, impl=self.impl, _q_scale=q_scale, _k_scale=k_scale, _v_scale=v_scale
-            )
+                layer_name=LAYER, impl=self.impl, _q_scale=q_scale, _k_scale=k_scale, _v_scale=v_scale,
+                query_quant=self.quantise_query if quantises else None,
+            )  # fmt: skip
             # Where the builder finds what to compile the kernels for.
             layers = config.compilation_config.static_forward_context
             layers[LAYER] = self.layer
@@ -156,6 +158,11 @@ class Side:
                 self.builder = (builder_class or backend.get_builder_cls())(**arguments, device=device)
             finally:
                 del layers[LAYER]
+
+    def quantise_query(self, query, scale):
+        """As vLLM's layer does: [tokens, H * D], and a scale for the heads of each KV head or one for all."""
+        by_head = query.unflatten(1, (scale.numel(), -1)).float() / scale.view(-1, 1)
+        return by_head.clamp(-448, 448).to(torch.float8_e4m3fn).flatten(1), scale
 
     def set_config(self, config):
         self.impl.flashprefill_config = self.builder.flashprefill_config = config
