@@ -146,7 +146,6 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                     continue
                 if config.gluon:
                     paged["BOX"] = hopper.box_rows(page_size, 128)
-                    paged["WIDE_LAYOUT"], paged["SUM_LAYOUT"] = hopper.tile_layout(2), hopper_fp8.SUM_LAYOUT
                 elif config.tma and page_size % config.block_n:
                     continue
                 descriptors = () if config.tma else ("k_desc", "v_desc")
@@ -228,7 +227,7 @@ def e4m3_descriptor_type(case: Case, name: str) -> str:
         shape = [64, head_size]
         if case.q_dtype != "u8":
             layout, dtype = hopper.tile_layout(2), case.dtype
-    elif name == "v_desc" and "SUM_LAYOUT" in [param.name for param in case.kernel.params]:
+    elif name == "v_desc" and case.kernel is hopper_fp8._sparse_attention_hopper_fp8_kernel:
         # Of values transposed.
         layout, shape = hopper_e4m3.codes_layout(128), [head_size, 128]
     return f"tensordesc<{dtype}{shape},{layout!r}>"

@@ -91,6 +91,7 @@ def test_alpha_0_is_vllms_own(name, tmp_path, plugin_path):
         pytest.skip(f"vLLM alone does not run it here: {last_error(str(failure))}")
     result, log = run(job, plugin_path, OPTIONS | kind.options)
     assert "FlashPrefill is registered" in log
+    assert "take a slower kernel" not in log
     check_stats(kind, result)
     for got, other in zip(result["answers"], expected["answers"], strict=True):
         if "embedding" in other:

@@ -163,12 +163,13 @@ def _sparse_attention_hopper_e4m3_kernel(
     stride_table, stride_q_scale, stride_k_scale, stride_v_scale,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
-    HAS_SINKS: gl.constexpr, WIDE_LAYOUT: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
+    wide_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     codes: gl.constexpr = k_desc.dtype
-    q_buffers = gl.allocate_shared_memory(gl.float16, [2, BLOCK // 2, HEAD_SIZE], WIDE_LAYOUT)
-    k_buffers = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK, HEAD_SIZE], WIDE_LAYOUT)
-    v_buffers = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK, HEAD_SIZE], WIDE_LAYOUT)
+    q_buffers = gl.allocate_shared_memory(gl.float16, [2, BLOCK // 2, HEAD_SIZE], wide_layout)
+    k_buffers = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK, HEAD_SIZE], wide_layout)
+    v_buffers = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK, HEAD_SIZE], wide_layout)
     k_codes = gl.allocate_shared_memory(codes, [STAGES, BLOCK, HEAD_SIZE], k_desc.layout)
     v_codes = gl.allocate_shared_memory(codes, [STAGES, BLOCK, HEAD_SIZE], k_desc.layout)
     if q_desc.dtype == codes:
@@ -258,8 +259,7 @@ def sparse_attention_hopper_e4m3(
     """
     num_pairs, head_size = slab.num_items * q.shape[2], q.shape[3]
     k, v = (x.view(torch.float8_e4m3fn) for x in (kv.k, kv.v))
-    layout, wide_layout = codes_layout(head_size), tile_layout(2)
-    q_layout = wide_layout
+    layout, q_layout = codes_layout(head_size), tile_layout(2)
     if is_e4m3(q):
         q, q_layout = q.view(torch.float8_e4m3fn), layout
     box = box_rows(kv.page_size, BLOCK_SIZE)
@@ -287,6 +287,5 @@ def sparse_attention_hopper_e4m3(
         Q_COLUMNS=q_matrix.columns_per_head,
         KV_COLUMNS=matrix.columns_per_head,
         HAS_SINKS=sinks is not None,
-        WIDE_LAYOUT=wide_layout,
         **constants,
     )

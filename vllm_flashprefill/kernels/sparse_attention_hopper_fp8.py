@@ -44,8 +44,6 @@ P_EXPONENT = gl.constexpr(8)
 
 # Tiles whose products one accumulator adds up before they go to the sums in float32.
 TILES_A_SUM = gl.constexpr(16)
-# Of these sums in shared memory: 8 threads' rows lie in different banks.
-SUM_LAYOUT = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
 
 
 @gluon.jit
@@ -209,13 +207,15 @@ def _sparse_attention_hopper_fp8_kernel(
     stride_table, num_mean_rows, stride_q_scale, stride_k_scale, stride_v_scale,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
-    HAS_SINKS: gl.constexpr, SUM_LAYOUT: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
+    # Of the sums: 8 threads' rows lie in different banks.
+    sum_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     codes: gl.constexpr = k_desc.dtype
     q_buffers = gl.allocate_shared_memory(codes, [2, BLOCK // 2, HEAD_SIZE], q_desc.layout)
     k_buffers = gl.allocate_shared_memory(codes, [STAGES, BLOCK, HEAD_SIZE], k_desc.layout)
     v_buffers = gl.allocate_shared_memory(codes, [STAGES, HEAD_SIZE, BLOCK], v_desc.layout)
-    sums = gl.allocate_shared_memory(gl.float32, [2, BLOCK // 2, HEAD_SIZE], SUM_LAYOUT)
+    sums = gl.allocate_shared_memory(gl.float32, [2, BLOCK // 2, HEAD_SIZE], sum_layout)
     pair_buffer = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -306,6 +306,5 @@ def sparse_attention_hopper_fp8(
         Q_COLUMNS=q_matrix.columns_per_head,
         KV_COLUMNS=matrix.columns_per_head,
         HAS_SINKS=sinks is not None,
-        SUM_LAYOUT=SUM_LAYOUT,
         **constants,
     )
