@@ -7,6 +7,7 @@ old.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
@@ -77,6 +78,28 @@ def kernel_shapes() -> str:
     return table(
         "case | density | sparse | select | TFLOP/s | times FA2 | times cuDNN",
         [kernel_line(row, shape(row), *numbers) for row in rows],
+    )
+
+
+def kernel_e4m3() -> str:
+    """The runs that have caches in e4m3 too, each length's newest, beside bf16 of the same run."""
+    rows = [row for row in read_rows(RESULTS / "kernels.csv") if row["gpu"] == plot.KERNELS_GPU]
+    commits = [row["commit"] for row in rows if row["kv_dtype"] == "e4m3"]
+    rows = [row for row in rows if row["commit"] == commits[-1]]
+    kinds = {("bf16", "auto"): "bfloat16", ("e4m3", "auto"): "e4m3", ("e4m3", "fp8"): "e4m3, products too"}
+
+    def kind(rows: list[Row], *name: str) -> list[Row]:
+        return [row for row in rows if (row["kv_dtype"], row["compute_dtype"]) == name]
+
+    numbers = ("sparse_ms", "pool_ms", "select_ms", "attend_ms", "attend_tflops", "times_fa2", "times_cudnn")
+    return table(
+        "tokens | density | cache | sparse | pool | select | attend | TFLOP/s | times FA2 | times cuDNN",
+        [
+            [*line[:2], kinds[row["kv_dtype"], row["compute_dtype"]], *line[2:]]
+            for of_length in itertools.zip_longest(*(newest(kind(rows, *name), "tokens") for name in kinds))
+            for row in filter(None, of_length)
+            for line in [kernel_line(row, shape(row), *numbers)]
+        ],
     )
 
 
@@ -309,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels-short": kernels_short,
     "kernels": kernels_whole,
     "kernel-shapes": kernel_shapes,
+    "kernel-e4m3": kernel_e4m3,
     "transformers": transformers,
     "estimates": estimates,
     "estimates-short": estimates_short,
