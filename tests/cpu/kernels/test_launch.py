@@ -1,7 +1,10 @@
 """Which of its kernels stage 4 launches, and what is said where that is not the fastest."""
 
 import dataclasses
+import json
 import logging
+import re
+import types
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ if sparse_attention.TensorDescriptor is None:
 
 from tests.cpu.kernels.test_interpreted import IMPORTS, needs_triton, run_interpreted  # noqa: E402
 from vllm_flashprefill.kernels import configs  # noqa: E402
+from vllm_flashprefill.kernels.schedule import Slab  # noqa: E402
 from vllm_flashprefill.key_values import KeyValues  # noqa: E402
 
 GLUON, TMA, PLAIN = (
@@ -132,6 +136,28 @@ def test_products_in_e4m3_are_of_the_hopper_kernel_alone(launched, caplog, monke
     monkeypatch.setattr(sparse_attention, "_broken", set())
     assert not sparse_attention.takes_fp8_products(queries, e4m3)
     assert "heads of 128 take a slower kernel than the e4m3 products one: Triton" in said(caplog)[-1]
+
+
+@pytest.mark.parametrize("module", ["hopper", "hopper_e4m3", "hopper_fp8"])
+def test_constants_of_a_kernel_can_be_written_as_json(module, monkeypatch):
+    """As vLLM's watch on compilation has Triton do, whose failure would look like one of the kernel."""
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: given.update(constants)
+
+    module = getattr(sparse_attention, module)
+    (name,) = (name for name in vars(module) if re.fullmatch(r"_sparse_attention_hopper(_e4m3|_fp8)?_kernel", name))
+    monkeypatch.setattr(module, name, Kernel())
+    e4m3 = module is not sparse_attention.hopper
+    kv = cache(dtype=torch.uint8 if e4m3 else torch.bfloat16)
+    q = torch.zeros(1, 5, 4, 128, dtype=torch.uint8 if e4m3 else torch.bfloat16)
+    schedule = types.SimpleNamespace(requests=None, items=None, next_pair=None)
+    tiles = torch.zeros(2, 4, 128, 128, dtype=torch.uint8) if module is sparse_attention.hopper_fp8 else None
+    out, slab = torch.zeros(q.shape, dtype=torch.bfloat16), Slab(0, 1, 0, 4)
+    sparse_attention._launch(GLUON, q, kv, schedule, slab, None, None, 1.0, None, None, out, tiles)
+    assert given["HEAD_SIZE"] == 128 and json.loads(json.dumps(given)) == given
 
 
 @needs_triton
