@@ -10,6 +10,7 @@ from vllm_flashprefill.plan import SparseRequest
 
 # vLLM keeps e4m3 as uint8.
 FP8_DTYPES = (torch.float8_e4m3fn, torch.uint8)
+E4M3_MAX = 448.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,11 @@ def is_e4m3(x: torch.Tensor) -> bool:
 def codes(x: torch.Tensor) -> torch.Tensor:
     """x, as uint8 if it is e4m3."""
     return x.view(torch.uint8) if is_e4m3(x) else x
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """The codes (uint8) of x, rounded and, beyond e4m3's range, at its ends; of codes themselves."""
+    return codes(x if is_e4m3(x) else x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
 
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

@@ -77,6 +77,9 @@ class FlashPrefillBuilderMixin:
         self._undecided = [impl for impl in impls if not (impl.never_sparse() or impl.self_check_failed)]
         # For a draft model's, or those of a vLLM that is not as expected, what a plan reads may not be there either.
         self._plans = not impls or bool(self._undecided)
+        if getattr(self, "supports_update_block_table", False):
+            # Its metadata becomes that of other groups of layers, which may be sparse where its own are not.
+            self._undecided = []
 
     def prepare_layers(self) -> None:
         """What is done for this builder's layers before any request."""

@@ -130,6 +130,16 @@ def layer_config(impl: Any, config: FlashPrefillConfig, cache_config: Any) -> Fl
         return dataclasses.replace(config, compute_dtype="auto")
     if (misfit := fp8_misfit(gpu_capability(), is_e4m3, impl.head_size)) is not None:
         raise ValueError(f"flashprefill: compute_dtype {misfit}")
+
+    # Where there is a GPU there is Triton.
+    from vllm_flashprefill.kernels import sparse_attention
+
+    if sparse_attention.hopper_fp8 is None:
+        version = sparse_attention.triton.__version__
+        raise ValueError(
+            f'flashprefill: compute_dtype "fp8" needs a Triton with Gluon as the kernel knows it (3.5 to 3.9), not '
+            f'{version}; leave it at "auto"'
+        )
     return config
 
 

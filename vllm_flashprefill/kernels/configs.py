@@ -16,7 +16,7 @@ class AttentionConfig:
         block_n: keys per tile.
         tma: load tiles by tensor descriptor.
         by_head: one KV head's query blocks after another's, so that they share keys in the L2 cache.
-        gluon: the Hopper kernel (sparse_attention_hopper.py); needs tma, and has by_head.
+        gluon: the Hopper kernels (sparse_attention_hopper*.py); they need tma, and have by_head.
     """
 
     block_n: int

@@ -14,7 +14,7 @@ from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention, takes_fp8_products
 from vllm_flashprefill.kernels.value_tiles import value_tiles
 from vllm_flashprefill.kernels.workspace import Workspace
-from vllm_flashprefill.key_values import KeyValues, codes
+from vllm_flashprefill.key_values import KeyValues, codes, to_e4m3
 
 
 def run_stages(
@@ -59,11 +59,12 @@ def run_stages(
         tiles = workspace.empty((*mean.shape, config.block_size), torch.uint8)
         value_tiles(kv, schedule, tiles)
     attend = functools.partial(sparse_attention, value_tiles=tiles)
+    attended = q if tiles is None else to_e4m3(q)
     for slab in schedule.slabs:
         select(q, mean, schedule, slab, **shared)
         if mark is not None:
             mark()
-        attend(q, kv, schedule, slab, sinks=sinks, out=out, **shared)
+        attend(attended, kv, schedule, slab, sinks=sinks, out=out, **shared)
         if mark is not None:
             mark()
     return out

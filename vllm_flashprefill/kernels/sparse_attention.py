@@ -16,7 +16,7 @@ from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
 from vllm_flashprefill.kernels.descriptors import TensorDescriptor, as_matrix, no_matrix
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
-from vllm_flashprefill.key_values import KeyValues, is_e4m3
+from vllm_flashprefill.key_values import KeyValues
 
 try:
     from vllm_flashprefill.kernels import sparse_attention_hopper as hopper
@@ -32,7 +32,6 @@ _broken: set[tuple[AttentionConfig, bool, bool]] = set()
 _warned: set[tuple[str, int, str]] = set()
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-E4M3_MAX = 448.0
 
 
 @triton.jit
@@ -200,12 +199,12 @@ def sparse_attention(
 
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone. q may be e4m3 codes
-            (uint8) where kv is e4m3 too.
+            (uint8) where kv is e4m3 too, and must be with value_tiles.
         kv: with e4m3 the products are in float16, to whose range q is clamped.
         q_scale, sinks: as of `api.flash_prefill_paged`.
         lists, counts: from `block_select`.
-        value_tiles: of `value_tiles.value_tiles`, where `takes_fp8_products`: the products are in e4m3, to which q is
-            rounded, and the probabilities times 256.
+        value_tiles: of `value_tiles.value_tiles`, where `takes_fp8_products`: the products are in e4m3, to which the
+            probabilities times 256 are rounded.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
     head_size = q.shape[3]
@@ -229,6 +228,8 @@ def takes_fp8_products(q: torch.Tensor, kv: KeyValues) -> bool:
     if not choice.gluon or not kv.fp8:
         return False
     misfit = _misfit(choice, q, kv, True)
+    if misfit is None and any(stride % 4 for stride in kv.v.stride()[:3]):
+        misfit = f"values have the strides {kv.v.stride()}, no multiples of 4"
     if misfit:
         _warn_slower("e4m3 products", q.shape[3], misfit)
     return misfit is None
@@ -290,8 +291,6 @@ def _launch(
                 q, kv, out, slab, *matrices, tables, scale, sinks, q_scale, **constants
             )
             return
-        if not is_e4m3(q):
-            q = q.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         matrices = as_matrix(q), as_matrix(k)
         hopper_fp8.sparse_attention_hopper_fp8(
             q, kv, value_tiles, out, slab, *matrices, tables, scale, sinks, q_scale, **constants

@@ -6,8 +6,6 @@ two multiply.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -231,10 +229,9 @@ def codes_layout(columns_of_a_row: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=columns_of_a_row, element_bitwidth=8, rank=2)
 
 
-@functools.cache
-def one(device: torch.device) -> torch.Tensor:
-    """A scale of 1."""
-    return torch.ones(1, dtype=torch.float32, device=device)
+def given_scales(q: torch.Tensor, *scales: torch.Tensor | None) -> list[torch.Tensor]:
+    """Scales for the kernel, which reads one of each; vLLM gives them all."""
+    return [q.new_ones(1, dtype=torch.float32) if scale is None else scale for scale in scales]
 
 
 def sparse_attention_hopper_e4m3(
@@ -263,7 +260,7 @@ def sparse_attention_hopper_e4m3(
     if is_e4m3(q):
         q, q_layout = q.view(torch.float8_e4m3fn), layout
     box = box_rows(kv.page_size, BLOCK_SIZE)
-    scales = [one(q.device) if x is None else x for x in (q_scale, kv.k_scale, kv.v_scale)]
+    scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
     _sparse_attention_hopper_e4m3_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
         out,
         TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], q_layout),

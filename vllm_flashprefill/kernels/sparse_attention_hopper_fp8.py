@@ -36,7 +36,7 @@ from vllm_flashprefill.kernels.sparse_attention_hopper import (
     _store_half,
     box_rows,
 )
-from vllm_flashprefill.kernels.sparse_attention_hopper_e4m3 import _barriers, codes_layout, one
+from vllm_flashprefill.kernels.sparse_attention_hopper_e4m3 import _barriers, codes_layout, given_scales
 from vllm_flashprefill.key_values import KeyValues
 
 # Probabilities are multiplied by 2 to this.
@@ -157,7 +157,8 @@ def _consumer(
             x = s * scale - (new_max - P_EXPONENT)[:, None]
             correction = gl.exp2(row_max - new_max)
             row_max = new_max
-            # Already complete. Its branch keeps ptxas from waiting for the product before the maximum.
+            # Already complete. Its branch keeps ptxas from waiting for the product before the maximum. Gluon cannot
+            # wait with an operand of 8 bits, so p_run is not named; nothing writes its registers before the next round.
             mbarrier.wait(v_ready.index(v_slot), v_phase)
             acc, x = warpgroup_mma_wait(0, deps=[acc_run, x])
             mbarrier.arrive(v_free.index(v_slot), count=1)
@@ -281,7 +282,7 @@ def sparse_attention_hopper_fp8(
     q, k, tiles = (x.view(torch.float8_e4m3fn) for x in (q, kv.k, value_tiles.view(-1, BLOCK_SIZE)))
     layout = codes_layout(head_size)
     box = box_rows(kv.page_size, BLOCK_SIZE)
-    scales = [one(q.device) if x is None else x for x in (q_scale, kv.k_scale, kv.v_scale)]
+    scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
     _sparse_attention_hopper_fp8_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
         out,
         TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),

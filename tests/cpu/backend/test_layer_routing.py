@@ -94,6 +94,13 @@ def test_products_in_e4m3_that_cannot_be_are_an_error_when_a_layer_is_made(capab
     assert str(error.value).startswith('flashprefill: compute_dtype "fp8" is for ')
 
 
+def test_products_in_e4m3_without_gluon_are_an_error_when_a_layer_is_made(monkeypatch):
+    kernels = pytest.importorskip("vllm_flashprefill.kernels.sparse_attention")
+    monkeypatch.setattr(kernels, "hopper_fp8", None)
+    with pytest.raises(ValueError, match="needs a Triton with Gluon as the kernel knows it"):
+        config_of((9, 0), monkeypatch)
+
+
 @pytest.mark.parametrize(
     "attributes",
     [{"sliding_window": 512}, {"is_draft": True}, {"head_size": 96}, {"attn_type": "encoder"}, {"alibi_slopes": [1.0]}],

@@ -138,6 +138,14 @@ def test_products_in_e4m3_are_of_the_hopper_kernel_alone(launched, caplog, monke
     assert "heads of 128 take a slower kernel than the e4m3 products one: Triton" in said(caplog)[-1]
 
 
+def test_values_that_are_no_words_are_multiplied_in_16_bits(launched, caplog):
+    k, v = torch.zeros(2, 20_000, dtype=torch.uint8).unbind()
+    k, v = (x.as_strided((4, 16, 1, 128), (4352, 272, 130, 1)) for x in (k, v))
+    kv = KeyValues(k, v, torch.zeros(1, 4, dtype=torch.int32))
+    assert not sparse_attention.takes_fp8_products(torch.zeros(1, 5, 4, 128), kv)
+    assert "values have the strides (4352, 272, 130, 1), no multiples of 4" in said(caplog)[-1]
+
+
 @pytest.mark.parametrize("module", ["hopper", "hopper_e4m3", "hopper_fp8"])
 def test_constants_of_a_kernel_can_be_written_as_json(module, monkeypatch):
     """As vLLM's watch on compilation has Triton do, whose failure would look like one of the kernel."""

@@ -20,10 +20,11 @@ from tests.support.flash_attn_step import (
     new_cache,
 )
 from tests.support.request import Request
-from tests.support.vllm_side import LAYER, counted, heads_before_tokens
+from tests.support.vllm_side import LAYER, counted, heads_before_tokens, our_backend
 from vllm_flashprefill import counters
 from vllm_flashprefill.backend import density_guard, layer_routing
 from vllm_flashprefill.backend.batch import vllms_class
+from vllm_flashprefill.kernels import sparse_attention as kernels
 from vllm_flashprefill.routing import DenseReason
 
 
@@ -94,6 +95,10 @@ def test_nothing_is_planned_for_a_group_of_dense_layers(calls, monkeypatch):
     assert count.stats == counters.Stats(dense_tokens={"sliding_window": 601})
 
 
+@pytest.mark.skipif(
+    getattr(our_backend().get_builder_cls(), "supports_update_block_table", False),
+    reason="other groups of layers get a builder's plan",
+)
 def test_nothing_is_planned_once_all_layers_are_seen_to_be_dense(calls, monkeypatch):
     classes = Classes(dataclasses.replace(SPARSE, num_dense_layers=2))
     step = Step([Request(1, 400), Request(600)], 16, 5)
@@ -168,7 +173,11 @@ def test_products_in_e4m3_that_cannot_be_are_an_error_when_layers_are_made(calls
         with pytest.raises(ValueError, match=f'^flashprefill: compute_dtype "fp8" {says}'):
             Classes(EXACT, kv_cache_dtype=cache)
         assert not Classes(EXACT, kv_cache_dtype=cache, sliding_window=64).impl.may_be_sparse
-    Classes(EXACT, kv_cache_dtype="fp8")
+    if kernels.hopper_fp8 is None:
+        with pytest.raises(ValueError, match=r'^flashprefill: compute_dtype "fp8" needs a Triton with Gluon'):
+            Classes(EXACT, kv_cache_dtype="fp8")
+    else:
+        Classes(EXACT, kv_cache_dtype="fp8")
 
 
 def test_a_dense_layer_takes_a_mixed_step_whole(calls):

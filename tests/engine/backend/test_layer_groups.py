@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -54,3 +56,16 @@ class TestGroupsOfLayers:
         metadata = classes.builder.build(0, groups[0].common(), fast_build=True)
         metadata = classes.builder.update_block_table(metadata, groups[1].block_table, groups[1].slot_mapping)
         assert_dense(groups[1], assert_not_planned(classes, groups[1], metadata, calls))
+
+    def test_a_group_is_planned_whose_metadata_is_made_of_a_dense_one(self, calls):
+        groups = [Step(list(self.REQUESTS), 16, 3, group=group) for group in range(2)]
+        first, second = Classes(dataclasses.replace(SPARSE, num_dense_layers=2)), Classes(SPARSE)
+        for _ in range(3):
+            metadata = first.build(groups[0])
+            with counted() as of_first:
+                first.forward(groups[0], metadata)
+            updated = first.builder.update_block_table(metadata, groups[1].block_table, groups[1].slot_mapping)
+            with counted() as of_second:
+                second.forward(groups[1], updated)
+            assert of_first.stats.sparse_tokens == 0
+            assert of_second.stats.sparse_tokens == sum(r.query_len for r in self.REQUESTS if r.query_len >= 300)

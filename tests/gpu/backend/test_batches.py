@@ -20,6 +20,8 @@ from tests.support.random_batch import Batch, random_batch, shapes, spread
 from tests.support.request import Request
 from tests.support.vllm_side import Shape
 from vllm_flashprefill.backend.device_counts import device_counts
+from vllm_flashprefill.kernels import pipeline
+from vllm_flashprefill.kernels.value_tiles import value_tiles
 
 NUM_BATCHES = int(os.environ.get("FLASHPREFILL_TEST_BATCHES") or 200)
 HEADS = [(8, 2), (28, 4), (4, 4)]
@@ -66,10 +68,13 @@ def test_batches_with_an_e4m3_cache(shape, seeds):
         for case in spread([shape for shape in QUANTISED if shape.head_size < 256], max(6, NUM_BATCHES // 20))
     ],
 )
-def test_batches_with_products_in_e4m3(shape, seeds):
+def test_batches_with_products_in_e4m3(shape, seeds, monkeypatch):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("products in e4m3 are for Hopper GPUs")
+    transposed = []
+    monkeypatch.setattr(pipeline, "value_tiles", lambda *args: transposed.append(None) or value_tiles(*args))
     run_batches(shape, DEVICE, seeds, options={"compute_dtype": "fp8"})
+    assert transposed, "products were in 16 bits"
 
 
 def batch_of(*requests, full_graphs=False, alpha=0.3):

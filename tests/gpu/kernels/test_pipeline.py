@@ -64,7 +64,7 @@ def test_keys_and_values_of_a_head_beside_each_other(kv_dtype, heads_first, page
 @pytest.mark.parametrize(
     "kv_dtype, kv_scales", [(torch.uint8, "head"), (torch.uint8, "one"), (torch.float8_e4m3fn, "none")]
 )
-def test_e4m3_cache(kv_dtype, kv_scales, q_e4m3, page_size, dim, dtype):
+def test_e4m3_cache(kv_dtype, kv_scales, q_e4m3, page_size, dim, dtype, caplog):
     config = sparse_config()
     requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640)]
     batch = make_batch(
@@ -72,6 +72,7 @@ def test_e4m3_cache(kv_dtype, kv_scales, q_e4m3, page_size, dim, dtype):
         device="cuda", config=config,
     )  # fmt: skip
     check_all(batch, config, SCALE)
+    assert dim == 256 or "slower" not in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="products in e4m3 are for Hopper GPUs")
@@ -91,12 +92,13 @@ def test_e4m3_products(kv_scales, q_e4m3, page_size, dim, caplog):
 
 @pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="products in e4m3 are for Hopper GPUs")
 @pytest.mark.parametrize("options", [{"sinks": True}, {"slab_bytes": 1000}, {"heads_first": True, "beside": True}])
-def test_e4m3_products_of_other_batches(options):
+def test_e4m3_products_of_other_batches(options, caplog):
     config = sparse_config()
     how = dict(page_size=16, heads=8, dim=128, dtype=torch.float16, kv_dtype=torch.uint8, device="cuda", config=config)
     batch = make_batch([Request(3000), Request(1000, 57)], kv_scales="head", q_e4m3=True, **options, **how)
     check_value_tiles(batch)
     check_fp8_products(batch, config, SCALE)
+    assert "slower" not in caplog.text
 
 
 def test_e4m3_codes():
