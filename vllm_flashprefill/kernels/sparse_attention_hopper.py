@@ -423,6 +423,39 @@ def _sparse_attention_hopper_kernel(
     # fmt: on
 
 
+def grid(q: torch.Tensor, slab: Slab) -> tuple[int]:
+    """A program for each multiprocessor, as far as there are pairs."""
+    return (min(slab.num_items * q.shape[2], num_multiprocessors(q.device)),)
+
+
+def numbers(
+    kv: KeyValues, out: torch.Tensor, slab: Slab, q_matrix: Matrix, matrix: Matrix, scale: float
+) -> tuple[int | float, ...]:
+    """The kernels' arguments from first_item to stride_table."""
+    return (
+        slab.first_item,
+        slab.num_dense_items,
+        slab.num_items * out.shape[2],
+        q_matrix.rows_per_batch,
+        q_matrix.rows_per_head,
+        matrix.rows_per_batch,
+        matrix.rows_per_head,
+        scale,
+        *out.stride()[:3],
+        kv.table_stride,
+    )
+
+
+def layout_constants(kv: KeyValues, q_matrix: Matrix, matrix: Matrix, sinks: torch.Tensor | None) -> dict[str, int]:
+    """The kernels' constants that `sparse_attention` does not give."""
+    return dict(
+        BOX=box_rows(kv.page_size, BLOCK_SIZE),
+        Q_COLUMNS=q_matrix.columns_per_head,
+        KV_COLUMNS=matrix.columns_per_head,
+        HAS_SINKS=sinks is not None,
+    )
+
+
 def sparse_attention_hopper(
     q: torch.Tensor,
     kv: KeyValues,
@@ -442,10 +475,8 @@ def sparse_attention_hopper(
         tables: the kernel's arguments from block_table_ptr to next_ptr.
         scale, sinks, constants: its arguments that `_sparse_attention_kernel` has too.
     """
-    num_pairs = slab.num_items * q.shape[2]
-    layout = tile_layout(kv.k.element_size())
-    box = box_rows(kv.page_size, BLOCK_SIZE)
-    _sparse_attention_hopper_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
+    layout, box = tile_layout(kv.k.element_size()), box_rows(kv.page_size, BLOCK_SIZE)
+    _sparse_attention_hopper_kernel[grid(q, slab)](
         out,
         # A warpgroup's half of a query block.
         TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, q.shape[3]], layout),
@@ -454,19 +485,7 @@ def sparse_attention_hopper(
         *tables,
         # The kernel reads it only where there are sinks.
         out if sinks is None else sinks,
-        slab.first_item,
-        slab.num_dense_items,
-        num_pairs,
-        q_matrix.rows_per_batch,
-        q_matrix.rows_per_head,
-        matrix.rows_per_batch,
-        matrix.rows_per_head,
-        scale,
-        *out.stride()[:3],
-        kv.table_stride,
-        BOX=box,
-        Q_COLUMNS=q_matrix.columns_per_head,
-        KV_COLUMNS=matrix.columns_per_head,
-        HAS_SINKS=sinks is not None,
+        *numbers(kv, out, slab, q_matrix, matrix, scale),
+        **layout_constants(kv, q_matrix, matrix, sinks),
         **constants,
     )

@@ -17,7 +17,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
-from vllm_flashprefill.kernels.configs import num_multiprocessors
 from vllm_flashprefill.kernels.descriptors import Matrix
 from vllm_flashprefill.kernels.fp8 import scale_stride
 from vllm_flashprefill.kernels.schedule import Slab
@@ -29,6 +28,9 @@ from vllm_flashprefill.kernels.sparse_attention_hopper import (
     _producer,
     _reinterpret,
     box_rows,
+    grid,
+    layout_constants,
+    numbers,
     tile_layout,
 )
 from vllm_flashprefill.key_values import KeyValues, is_e4m3
@@ -51,12 +53,19 @@ def _clear_past(codes, first_token, seq_len, HEAD_SIZE: gl.constexpr, BLOCK: gl.
 
 
 @gluon.jit
-def _widen(codes, wide, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr):
-    """A tile of codes into one of float16, some rows at a time: this warpgroup has few registers."""
+def _widen(codes, wide, ready, taken, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr):
+    """A tile of codes into one of float16, some rows at a time: this warpgroup has few registers.
+
+    Arrives at the barriers that say so: the tile is ready, its codes are taken.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [4, 1], [1, 0])
     for part in gl.static_range(BLOCK // ROWS_AT_ONCE):
         x = codes.slice(part * ROWS_AT_ONCE, ROWS_AT_ONCE, dim=0).load(layout)
         wide.slice(part * ROWS_AT_ONCE, ROWS_AT_ONCE, dim=0).store(x.to(gl.float16))
+    fence_async_shared()
+    _barrier()
+    mbarrier.arrive(ready, count=1)
+    mbarrier.arrive(taken, count=1)
 
 
 @gluon.jit
@@ -96,11 +105,8 @@ def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.c
                 phase = step // STAGES & 1
                 mbarrier.wait(k_here.index(slot), phase)
                 mbarrier.wait(k_free.index(slot), phase ^ 1)
-                _widen(k_codes.index(slot), k_buffers.index(slot), HEAD_SIZE, BLOCK)
-                fence_async_shared()
-                _barrier()
-                mbarrier.arrive(k_ready.index(slot), count=1)
-                mbarrier.arrive(k_taken.index(slot), count=1)
+                k_barriers = k_ready.index(slot), k_taken.index(slot)
+                _widen(k_codes.index(slot), k_buffers.index(slot), *k_barriers, HEAD_SIZE, BLOCK)
             if tile > 0:
                 slot = (step - 1) % STAGES
                 phase = (step - 1) // STAGES & 1
@@ -109,11 +115,8 @@ def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.c
                     if (query_block + 1) * BLOCK > seq_len:
                         _clear_past(v_codes.index(slot), query_block * BLOCK, seq_len, HEAD_SIZE, BLOCK)
                 mbarrier.wait(v_free.index(slot), phase ^ 1)
-                _widen(v_codes.index(slot), v_buffers.index(slot), HEAD_SIZE, BLOCK)
-                fence_async_shared()
-                _barrier()
-                mbarrier.arrive(v_ready.index(slot), count=1)
-                mbarrier.arrive(v_taken.index(slot), count=1)
+                v_barriers = v_ready.index(slot), v_taken.index(slot)
+                _widen(v_codes.index(slot), v_buffers.index(slot), *v_barriers, HEAD_SIZE, BLOCK)
             step += 1
         step -= 1
         done += 1
@@ -254,14 +257,14 @@ def sparse_attention_hopper_e4m3(
         q_scale: as of `sparse_attention`.
         The others: as of `sparse_attention_hopper`.
     """
-    num_pairs, head_size = slab.num_items * q.shape[2], q.shape[3]
+    head_size = q.shape[3]
     k, v = (x.view(torch.float8_e4m3fn) for x in (kv.k, kv.v))
     layout, q_layout = codes_layout(head_size), tile_layout(2)
     if is_e4m3(q):
         q, q_layout = q.view(torch.float8_e4m3fn), layout
     box = box_rows(kv.page_size, BLOCK_SIZE)
     scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
-    _sparse_attention_hopper_e4m3_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
+    _sparse_attention_hopper_e4m3_kernel[grid(q, slab)](
         out,
         TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], q_layout),
         TensorDescriptor(k, matrix.shape, matrix.strides, [box, head_size], layout),
@@ -269,20 +272,8 @@ def sparse_attention_hopper_e4m3(
         *tables,
         out if sinks is None else sinks,
         *scales,
-        slab.first_item,
-        slab.num_dense_items,
-        num_pairs,
-        q_matrix.rows_per_batch,
-        q_matrix.rows_per_head,
-        matrix.rows_per_batch,
-        matrix.rows_per_head,
-        scale,
-        *out.stride()[:3],
-        kv.table_stride,
+        *numbers(kv, out, slab, q_matrix, matrix, scale),
         *(scale_stride(x) for x in scales),
-        BOX=box,
-        Q_COLUMNS=q_matrix.columns_per_head,
-        KV_COLUMNS=matrix.columns_per_head,
-        HAS_SINKS=sinks is not None,
+        **layout_constants(kv, q_matrix, matrix, sinks),
         **constants,
     )

@@ -22,7 +22,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
-from vllm_flashprefill.kernels.configs import num_multiprocessors
 from vllm_flashprefill.kernels.descriptors import Matrix
 from vllm_flashprefill.kernels.fp8 import scale_stride
 from vllm_flashprefill.kernels.schedule import Slab
@@ -35,6 +34,9 @@ from vllm_flashprefill.kernels.sparse_attention_hopper import (
     _scales,
     _store_half,
     box_rows,
+    grid,
+    layout_constants,
+    numbers,
 )
 from vllm_flashprefill.kernels.sparse_attention_hopper_e4m3 import _barriers, codes_layout, given_scales
 from vllm_flashprefill.key_values import KeyValues
@@ -278,12 +280,12 @@ def sparse_attention_hopper_fp8(
         q_scale: as of `sparse_attention`.
         The others: as of `sparse_attention_hopper.sparse_attention_hopper`.
     """
-    num_pairs, head_size = slab.num_items * q.shape[2], q.shape[3]
+    head_size = q.shape[3]
     q, k, tiles = (x.view(torch.float8_e4m3fn) for x in (q, kv.k, value_tiles.view(-1, BLOCK_SIZE)))
     layout = codes_layout(head_size)
     box = box_rows(kv.page_size, BLOCK_SIZE)
     scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
-    _sparse_attention_hopper_fp8_kernel[(min(num_pairs, num_multiprocessors(q.device)),)](
+    _sparse_attention_hopper_fp8_kernel[grid(q, slab)](
         out,
         TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
         TensorDescriptor(k, matrix.shape, matrix.strides, [box, head_size], layout),
@@ -291,21 +293,9 @@ def sparse_attention_hopper_fp8(
         *tables,
         out if sinks is None else sinks,
         *scales,
-        slab.first_item,
-        slab.num_dense_items,
-        num_pairs,
-        q_matrix.rows_per_batch,
-        q_matrix.rows_per_head,
-        matrix.rows_per_batch,
-        matrix.rows_per_head,
-        scale,
-        *out.stride()[:3],
-        kv.table_stride,
+        *numbers(kv, out, slab, q_matrix, matrix, scale),
         value_tiles.shape[1],
         *(scale_stride(x) for x in scales),
-        BOX=box,
-        Q_COLUMNS=q_matrix.columns_per_head,
-        KV_COLUMNS=matrix.columns_per_head,
-        HAS_SINKS=sinks is not None,
+        **layout_constants(kv, q_matrix, matrix, sinks),
         **constants,
     )

@@ -10,6 +10,7 @@ from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.block_mean import MAX_REQUESTS
 from vllm_flashprefill.kernels.schedule import Schedule
+from vllm_flashprefill.kernels.sparse_attention import _token_offsets
 from vllm_flashprefill.key_values import KeyValues
 
 
@@ -20,11 +21,7 @@ def _load_words(
 ):  # fmt: skip
     """[tokens, WORDS] words of 4 columns; of tokens past the sequence 0."""
     mask = tokens < seq_len
-    if PAGE_SIZE > 0:
-        pages = tl.load(table_row_ptr + tokens // PAGE_SIZE, mask=mask, other=0)
-        offs = pages.to(tl.int64) * stride_page + (tokens % PAGE_SIZE).to(tl.int64) * stride_token
-    else:
-        offs = (first_token + tokens).to(tl.int64) * stride_token
+    offs = _token_offsets(tokens, mask, table_row_ptr, first_token, stride_page, stride_token, PAGE_SIZE)
     return tl.load(words_ptr + offs[:, None] + tl.arange(0, WORDS)[None, :], mask=mask[:, None], other=0)
 
 
