@@ -36,6 +36,7 @@ from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.configs import num_multiprocessors
+from vllm_flashprefill.kernels.parts import join_parts, part_scratch
 from vllm_flashprefill.kernels.pipeline import list_scratch, run_stages
 from vllm_flashprefill.kernels.schedule import schedule_step
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention, takes_fp8_products
@@ -150,6 +151,7 @@ class Stages:
             self.value_tiles = self.mean.new_empty(*self.mean.shape, self.config.block_size, dtype=torch.uint8)
         self.pool()
         self.lists, self.counts = list_scratch(self.q, self.schedule)
+        self.parts, self.counters = part_scratch(self.q, self.schedule), None
         self.scores = score_scratch(self.q, self.schedule, piece_size > 0)
         self.out = torch.empty_like(self.numbers[0])
 
@@ -172,16 +174,26 @@ class Stages:
         if launch:
             rows = launch.programs_per_sm * num_multiprocessors(self.q.device)
             scores = torch.empty(rows, self.schedule.max_key_blocks, device=self.device)
+        # Each selection counts its parts from 0, and joining them leaves 0.
+        if self.parts:
+            self.schedule.counters.zero_()
         block_select(
             self.q, self.mean, self.schedule, slab or self.schedule.slabs[0], pieces=self.pieces, config=self.config,
-            softmax_scale=self.scale, lists=self.lists, counts=self.counts, scores=scores, launch=launch,
+            softmax_scale=self.scale, lists=self.lists, counts=self.counts, parts=self.parts, scores=scores,
+            launch=launch,
         )  # fmt: skip
+        self.counters = self.schedule.counters.clone() if self.parts else None
 
     def attend(self, launch=None, slab=None):
+        slab = slab or self.schedule.slabs[0]
+        if self.parts:
+            self.schedule.counters.copy_(self.counters)
         sparse_attention(
-            self.q, self.kv, self.schedule, slab or self.schedule.slabs[0], lists=self.lists,
-            counts=self.counts, softmax_scale=self.scale, out=self.out, value_tiles=self.value_tiles, launch=launch,
+            self.q, self.kv, self.schedule, slab, lists=self.lists, counts=self.counts, parts=self.parts,
+            softmax_scale=self.scale, out=self.out, value_tiles=self.value_tiles, launch=launch,
         )  # fmt: skip
+        if slab.part_tiles:
+            join_parts(self.parts, self.schedule, slab, counts=self.counts, out=self.out)
 
     def all(self):
         """What a caller of the API pays."""

@@ -236,11 +236,15 @@ class FixedDensity:
                 return kept
         return prompt_blocks
 
-    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, block_counts, **options: Any) -> None:
+    def __call__(self, q, mean, schedule, slab, *, config, lists, counts, parts, block_counts, **options: Any) -> None:
         def select(config, block_counts=None):
+            # Nothing joins the parts of what is selected here.
+            if parts:
+                schedule.counters.zero_()
             self.select(
-                q, mean, schedule, slab, config=config, lists=lists, counts=counts, block_counts=block_counts, **options
-            )
+                q, mean, schedule, slab, config=config, lists=lists, counts=counts, parts=parts,
+                block_counts=block_counts, **options,
+            )  # fmt: skip
 
         if config.alpha == 0.0:
             select(config, block_counts)
@@ -250,13 +254,17 @@ class FixedDensity:
             self.schedule, self.lengths = schedule, schedule.requests.cpu().numpy()
         key = (self.lengths.tobytes(), slab)
         if key not in self.made:
-            fixed = self._lists(q.shape[2], schedule, slab, config)
+            fixed = self._lists(q.shape[2], schedule, slab, config, parts)
             self.made[key] = (*fixed, self._with_candidates(select, config, *fixed[2].tolist()))
-        fixed_lists, fixed_counts, fixed_block_counts, config = self.made[key]
+        fixed_lists, fixed_counts, fixed_block_counts, fixed_parts, config = self.made[key]
         select(config)
         block_counts.add_(fixed_block_counts)
         lists[: len(fixed_lists)].copy_(fixed_lists)
         counts[: len(fixed_counts)].copy_(fixed_counts)
+        if fixed_parts is not None:
+            rows, counters = fixed_parts
+            parts.rows[: len(rows)].copy_(rows)
+            schedule.counters.copy_(counters)
 
     @staticmethod
     def _with_candidates(select, config, kept: int, visible: int):
@@ -277,7 +285,7 @@ class FixedDensity:
             low, high = (tried.candidate_alpha, high) if enough else (low, tried.candidate_alpha)
         return dataclasses.replace(config, candidate_alpha=low)
 
-    def _lists(self, heads: int, schedule, slab, config):
+    def _lists(self, heads: int, schedule, slab, config, parts):
         import torch
 
         requests = self.lengths
@@ -301,7 +309,33 @@ class FixedDensity:
             lists[slot * heads : (slot + visible) * heads].reshape(heads, visible)[:, :count] = row
         device = schedule.requests.device
         block_counts = torch.tensor([int(counts.sum()), slab.list_slots * heads], device=device)
-        return torch.from_numpy(lists).to(device), torch.from_numpy(counts.ravel()).to(device), block_counts
+        fixed_parts = None
+        if slab.part_tiles:
+            fixed_parts = tuple(x.to(device) for x in self._parts(counts.ravel().tolist(), slab, parts.max_parts))
+        return (
+            torch.from_numpy(lists).to(device),
+            torch.from_numpy(counts.ravel()).to(device),
+            block_counts,
+            fixed_parts,
+        )
+
+    @staticmethod
+    def _parts(counts: list[int], slab, most: int):
+        """The parts that `block_select` would have written for these lists, and the counters."""
+        import torch
+
+        from vllm_flashprefill.kernels.parts import split_list_ref
+
+        rows, firsts = [], []
+        for pair, count in enumerate(counts):
+            split = split_list_ref(count, slab.part_tiles)
+            fits = bool(split) and len(rows) + len(split) <= most
+            firsts.append(len(rows) if fits else -1)
+            rows += [(pair, *part) for part in split] if fits else []
+        counters = [0, len(rows)]
+        rows += [(-1, 0, 0)] * (most - len(rows))
+        values = [x for row in rows for x in row] + firsts
+        return torch.tensor(values, dtype=torch.int32), torch.tensor(counters, dtype=torch.int32)
 
 
 def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Compile every kernel for a few GPU generations, without a GPU; print registers, spills and shared memory.
 
-Each kernel is compiled for each head size; an e4m3 cache and sinks for heads of 128, and every page size on Hopper.
+Each kernel is compiled for each head size; an e4m3 cache, sinks and split lists for heads of 128, and every page size
+on Hopper.
 Fails if one does not compile or needs more shared memory than its GPU has, or if a Triton that has Gluon lacks what the
 Hopper kernel uses.
 """
@@ -27,7 +28,7 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_flashprefill.kernels import block_mean, block_select, configs, sparse_attention, value_tiles
+from vllm_flashprefill.kernels import block_mean, block_select, configs, parts, sparse_attention, value_tiles
 from vllm_flashprefill.kernels.descriptors import TensorDescriptor
 
 # None where this Triton has no Gluon for Hopper.
@@ -46,6 +47,7 @@ POINTERS = {
     "piece_ptr": "*fp16",
     "scores_ptr": "*fp32",
     "block_counts_ptr": "*i64",
+    "sums_ptr": "*fp32",
     "sinks_ptr": "*T",
     "q_scale_ptr": "*fp32",
     "k_scale_ptr": "*fp32",
@@ -82,7 +84,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     common = dict(
         HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=arch >= 89,
         NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
-        PIECES=0, PAGE_SIZE=0, HAS_SINKS=False,
+        PIECES=0, PAGE_SIZE=0, HAS_SINKS=False, SPLIT=False, ROWS=parts.ROWS,
     )  # fmt: skip
 
     def case(kernel, name, launch, absent=(), **values):
@@ -102,16 +104,18 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     for name, values in PIECES.items():
         select = {**configs.SELECT, **(configs.SELECT_PIECES if values["PIECES"] else {})}[kind, head_size]
         whole = ["piece_ptr"] * (not values["PIECES"])
-        kinds = {"": ["q_scale_ptr"]}
+        kinds = {"": ["q_scale_ptr", "parts_ptr"]}
         if 0 in page_sizes:
-            kinds[", uncounted"] = ["q_scale_ptr", "block_counts_ptr"]
+            kinds[", uncounted"] = ["q_scale_ptr", "parts_ptr", "block_counts_ptr"]
         if True in fp8:
-            kinds[", e4m3 queries"] = []
+            kinds[", e4m3 queries"] = ["parts_ptr"]
+            kinds[", split"] = ["q_scale_ptr"]
         for counted, absent in kinds.items():
             yield case(
                 block_select._block_select_kernel, f"block_select{name}{counted}", launch_values(select),
                 (*whole, *absent), **values,
             )  # fmt: skip
+    yield case(parts._join_parts_kernel, "join_parts", {"num_warps": 4}, ["sinks_ptr"])
     tables = {
         "": (sparse_attention._sparse_attention_kernel, configs.ATTENTION),
         " tma": (sparse_attention._sparse_attention_kernel, configs.ATTENTION_TMA),
@@ -149,15 +153,18 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                 elif config.tma and page_size % config.block_n:
                     continue
                 descriptors = () if config.tma else ("k_desc", "v_desc")
-                sinks = ["sinks_ptr"] * (not config.gluon)
-                kinds = {what: [*scale, *sinks] for what, scale in queries.items()}
+                sinks, split = ([] if config.gluon else x for x in (["sinks_ptr"], ["parts_ptr", "sums_ptr"]))
+                kinds = {what: [*scale, *sinks, *split] for what, scale in queries.items()}
                 if suffix == " fp8":
                     kinds = {", e4m3 queries": []}
                 elif config.gluon and is_fp8:
                     # Its scales are always there.
                     kinds = {"": ["q_codes"], ", e4m3 queries": []}
-                if page_size and True in fp8 and not is_fp8:
-                    kinds[", sinks"] = ["q_scale_ptr"]
+                if page_size and True in fp8:
+                    if not is_fp8:
+                        kinds[", sinks"] = ["q_scale_ptr", *split]
+                    what, missing = next(iter(kinds.items()))
+                    kinds[what + ", split"] = [name for name in missing if name not in split]
                 for what, missing in kinds.items():
                     yield case(
                         kernel,
@@ -166,6 +173,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
                         (*absent, *descriptors, *missing),
                         **paged,
                         HAS_SINKS=what == ", sinks",
+                        SPLIT=what.endswith(", split"),
                     )
 
 

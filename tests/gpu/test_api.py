@@ -111,6 +111,7 @@ def test_mixed_step_leaves_other_rows_alone(no_sync):
 def test_no_length_compiles(no_sync):
     from vllm_flashprefill.kernels.block_mean import _block_mean_kernel
     from vllm_flashprefill.kernels.block_select import _block_select_kernel
+    from vllm_flashprefill.kernels.parts import _join_parts_kernel
     from vllm_flashprefill.kernels.sparse_attention import _sparse_attention_kernel
 
     torch.cuda.set_sync_debug_mode("default")
@@ -120,7 +121,7 @@ def test_no_length_compiles(no_sync):
     table = torch.randperm(2500, device="cuda", dtype=torch.int32)
     generator = np.random.default_rng(0)
     lengths = [1, 16, 2000, 2048, 4097, 8192, *generator.integers(1, 40_000, 50).tolist()]
-    kernels = [_block_mean_kernel, _block_select_kernel, _sparse_attention_kernel]
+    kernels = [_block_mean_kernel, _block_select_kernel, _sparse_attention_kernel, _join_parts_kernel]
     if torch.cuda.get_device_capability()[0] == 9:
         from vllm_flashprefill.kernels.sparse_attention_hopper import _sparse_attention_hopper_kernel
 
@@ -138,7 +139,9 @@ def test_no_length_compiles(no_sync):
         kv = KeyValues(*cache, table[None, :pages])
         flash_prefill_paged(q[0], kv, plan, config=config, softmax_scale=SCALE, out=torch.empty_like(q[0]))
 
-    call(3000)
+    # Whose lists are too short to split, and whose are not.
+    for n in (3000, 5000):
+        call(n)
     before = compiled()
     assert before >= len(kernels)
     torch.cuda.set_sync_debug_mode("error")

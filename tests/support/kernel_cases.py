@@ -14,6 +14,7 @@ from vllm_flashprefill.kernels import columns, pipeline
 from vllm_flashprefill.kernels.block_mean import MEAN_DTYPE, block_mean
 from vllm_flashprefill.kernels.block_select import block_select
 from vllm_flashprefill.kernels.fp8 import from_e4m3
+from vllm_flashprefill.kernels.parts import part_scratch, split_list_ref
 from vllm_flashprefill.kernels.schedule import Schedule, schedule_requests
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention
 from vllm_flashprefill.kernels.value_tiles import value_tiles
@@ -65,10 +66,12 @@ def make_batch(
     seed=0,
     config,
     slab_bytes=None,
+    part_tiles=0,
 ):
     """kv_dtype: the e4m3 dtype of the cache, if it is one. kv_scales: its scales, "none", "one" or one a "head".
     q_e4m3: the queries are in e4m3 too, with scales likewise. heads_first: pages hold head after head. beside: a head's
-    keys and values lie beside each other. fused_qkv: q is a part of the rows of one projection's output."""
+    keys and values lie beside each other. fused_qkv: q is a part of the rows of one projection's output. part_tiles: of
+    the parts that long lists are split into, None for what the schedule chooses."""
     device = torch.device(device)
     parts = [
         structured(
@@ -121,8 +124,9 @@ def make_batch(
         k, v = k.view(kv_dtype), v.view(kv_dtype)
     extra = {} if slab_bytes is None else {"list_bytes": slab_bytes}
     schedule = schedule_requests(
-        sparse, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device, **extra
-    )
+        sparse, num_heads=heads, num_dense_tail_blocks=config.num_dense_tail_blocks, device=device,
+        part_tiles=part_tiles, **extra,
+    )  # fmt: skip
     return Batch(requests, q[None], KeyValues(k, v, block_table, **scales), parts, schedule, dtype, q_scale,
                  torch.linspace(-20, 20, heads, dtype=dtype, device=device) if sinks else None)  # fmt: skip
 
@@ -159,8 +163,11 @@ def run_select(batch, config, scale):
         lists, counts = pipeline.list_scratch(batch.q, schedule)
         lists.fill_(-1)
         scratch = torch.full((slab.num_items * heads, schedule.max_key_blocks), torch.nan, device=batch.q.device)
-        chosen = dict(pieces=pieces, config=config, lists=lists, counts=counts, scores=scratch)
+        parts = part_scratch(batch.q, schedule)
+        chosen = dict(pieces=pieces, config=config, lists=lists, counts=counts, parts=parts, scores=scratch)
         block_select(batch.q, mean, schedule, slab, softmax_scale=scale, q_scale=batch.q_scale, **chosen)
+        if slab.part_tiles:
+            check_parts(parts, schedule, slab, counts[: slab.num_items * heads].tolist())
         lists, counts, scratch = lists.cpu(), counts.cpu(), scratch.cpu()
         for n in range(slab.num_items):
             row, block, slot = items[slab.first_item + n]
@@ -175,6 +182,27 @@ def run_select(batch, config, scale):
                 masks[row][h, at, kept.long()] = True
                 scores[row][h, at, : block + 1] = scratch[n * heads + h, : block + 1]
     return masks, scores
+
+
+def check_parts(parts, schedule, slab, counts):
+    """The parts of each list that is split are its tiles in order; lists stay whole that are short or find no room."""
+    num_parts = int(schedule.counters[columns.NUM_PARTS])
+    schedule.counters[columns.NUM_PARTS] = 0
+    num_row_values = parts.max_parts * columns.PART_COLUMNS
+    rows, firsts = parts.rows.cpu().tensor_split([num_row_values])
+    rows = rows.view(-1, columns.PART_COLUMNS)[:num_parts].tolist()
+    found = {}
+    for number, (pair, first_tile, num_tiles) in enumerate(rows):
+        if pair >= 0:
+            found.setdefault(pair, []).append((number, first_tile, num_tiles))
+    wanted = {pair for pair, count in enumerate(counts) if split_list_ref(count, slab.part_tiles)}
+    assert found.keys() <= wanted and (found.keys() == wanted or num_parts > parts.max_parts)
+    for pair, (count, first) in enumerate(zip(counts, firsts.tolist(), strict=False)):
+        assert first == (found[pair][0][0] if pair in found else -1)
+        if pair in found:
+            numbers, *_ = zip(*found[pair], strict=True)
+            assert numbers == tuple(range(first, first + len(numbers)))
+            assert [row[1:] for row in found[pair]] == split_list_ref(count, slab.part_tiles)
 
 
 def reference_select(request, part, config, scale):
@@ -221,6 +249,7 @@ def run_attention(batch, masks, scale):
     out = torch.full_like(batch.q, torch.nan, dtype=batch.dtype)
     for slab in batch.schedule.slabs:
         lists, counts = lists_of(masks, batch, slab)
+        slab = dataclasses.replace(slab, part_tiles=0)
         sparse_attention(
             batch.q, batch.kv, batch.schedule, slab, lists=lists, counts=counts, softmax_scale=scale,
             q_scale=batch.q_scale, sinks=batch.sinks, out=out,
@@ -319,7 +348,7 @@ def check_all(batch, config, scale):
             sinks=batch.sinks, out=out, block_counts=counts, workspace=workspace, mark=lambda: marks.append(None),
         )  # fmt: skip
     assert len(marks) == 2 * (1 + 2 * len(batch.schedule.slabs))
-    assert int(batch.schedule.next_pair) == 0, "the counter is left as it was found"
+    assert not batch.schedule.counters.any(), "the counters are left as they were found"
     visible = sum(
         batch.q.shape[2] * (block + 1)
         for r in batch.requests
@@ -342,7 +371,7 @@ def check_fp8_products(batch, config, scale):
             batch.q, batch.kv, batch.schedule, config=config, softmax_scale=scale, q_scale=batch.q_scale,
             sinks=batch.sinks, out=out, workspace=nan_workspace(out.device),
         )  # fmt: skip
-    assert int(batch.schedule.next_pair) == 0, "the counter is left as it was found"
+    assert not batch.schedule.counters.any(), "the counters are left as they were found"
     for request, part, mask, got in zip(batch.requests, batch.parts, masks, split(out, batch), strict=True):
         mask = mask.to(out.device)
         expected = sparse_attention_fp8_ref(

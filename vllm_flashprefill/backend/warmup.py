@@ -76,23 +76,26 @@ def _run_kernels(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    length = 256
+    length, append, context = 256, 128, 8192
     num_pages = -(-length // page_size)
     is_e4m3, one = has_e4m3_cache(impl), torch.ones(1, device=device)
     cache_dtype = torch.uint8 if is_e4m3 else dtype
     cache = new_cache(num_pages, page_size, impl.num_kv_heads, impl.head_size, cache_dtype, device).zero_()
     out = torch.zeros(length, impl.num_heads, impl.head_size, dtype=dtype, device=device)
-    block_table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
-    flash_prefill_paged(
-        out.to(E4M3) if has_quantised_query(impl) else torch.zeros_like(out),
-        KeyValues(*impl.paged_kv(cache), block_table, *([one, one] if is_e4m3 else [])),
-        StepPlan((SparseRequest(0, 0, length, 0, length),)),
-        config=impl.flashprefill_config,
-        softmax_scale=impl.scale,
-        q_scale=one if has_quantised_query(impl) else None,
-        sinks=getattr(impl, "sinks", None),
-        out=out,
-        block_counts=torch.zeros(2, dtype=torch.int64, device=device),
-    )
+    # Pages are read again and again.
+    table = torch.arange(-(-(context + append) // page_size), dtype=torch.int32, device=device) % num_pages
+    # A prompt, and a chunk far from its prompt's end, whose lists are split on any GPU.
+    for request in (SparseRequest(0, 0, length, 0, length), SparseRequest(0, 0, append, context, 1 << 20)):
+        flash_prefill_paged(
+            out.to(E4M3) if has_quantised_query(impl) else torch.zeros_like(out),
+            KeyValues(*impl.paged_kv(cache), table[None], *([one, one] if is_e4m3 else [])),
+            StepPlan((request,)),
+            config=impl.flashprefill_config,
+            softmax_scale=impl.scale,
+            q_scale=one if has_quantised_query(impl) else None,
+            sinks=getattr(impl, "sinks", None),
+            out=out,
+            block_counts=torch.zeros(2, dtype=torch.int64, device=device),
+        )
     if device.type == "cuda":
         torch.cuda.synchronize(device)

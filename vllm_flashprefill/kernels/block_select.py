@@ -22,6 +22,7 @@ from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels.parts import Parts
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
@@ -110,10 +111,31 @@ def _score_pieces(
 
 
 @triton.jit
+def _split_list(pair, count, counters_ptr, parts_ptr, max_parts, part_tiles):
+    """Rows for the parts of a pair's list, if it is long and there is room for them, and the first one's number."""
+    num_parts = (count + part_tiles // 2) // part_tiles
+    first_part = -1
+    if num_parts > 1:
+        part_tiles = tl.cdiv(count, num_parts)
+        num_parts = tl.cdiv(count, part_tiles)
+        first_part = tl.atomic_add(counters_ptr + columns.NUM_PARTS, num_parts, sem="relaxed")
+        fits = first_part + num_parts <= max_parts
+        for start in range(0, num_parts, 32):
+            parts = start + tl.arange(0, 32)
+            mask_parts = (parts < num_parts) & (first_part + parts < max_parts)
+            row_ptrs = parts_ptr + (first_part + parts) * columns.PART_COLUMNS
+            tl.store(row_ptrs + columns.PAIR, tl.where(fits, pair, -1), mask=mask_parts)
+            tl.store(row_ptrs + columns.FIRST_TILE, parts * part_tiles, mask=mask_parts)
+            tl.store(row_ptrs + columns.NUM_TILES, tl.minimum(count - parts * part_tiles, part_tiles), mask=mask_parts)
+        first_part = tl.where(fits, first_part, -1)
+    tl.store(parts_ptr + max_parts * columns.PART_COLUMNS + pair, first_part)
+
+
+@triton.jit
 def _select_pair(
     work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, block_counts_ptr,
-    q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale,
-    num_mean_rows,
+    counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale, log2_alpha, log2_candidate,
+    stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_LIST: tl.constexpr, NUM_SINK_BLOCKS: tl.constexpr, NUM_WINDOW_BLOCKS: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr, ONE_LOOP: tl.constexpr,
@@ -210,14 +232,16 @@ def _select_pair(
     tl.store(counts_ptr + work, count)
     if block_counts_ptr is not None:
         tl.atomic_add(block_counts_ptr, count.to(tl.int64), sem="relaxed")
+    if parts_ptr is not None:
+        _split_list(work, count, counters_ptr, parts_ptr, max_parts, part_tiles)
     # The next pair writes over these scores.
     tl.debug_barrier()
 
 
 @triton.jit(
     do_not_specialize=[
-        "next_ptr", "q_scale_ptr", "num_work", "first_item", "num_visible", "num_mean_rows", "stride_scores",
-        "stride_q_scale",
+        "counters_ptr", "parts_ptr", "q_scale_ptr", "num_work", "first_item", "max_parts", "part_tiles", "num_visible",
+        "num_mean_rows", "stride_scores", "stride_q_scale",
     ]
 )  # fmt: skip
 def _block_select_kernel(
@@ -230,10 +254,13 @@ def _block_select_kernel(
     counts_ptr,
     scores_ptr,
     block_counts_ptr,
-    next_ptr,
+    counters_ptr,
+    parts_ptr,
     q_scale_ptr,
     num_work,
     first_item,
+    max_parts,
+    part_tiles,
     num_visible: tl.int64,
     scale,
     log2_alpha,
@@ -269,24 +296,24 @@ def _block_select_kernel(
         while work < num_work:
             _select_pair(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-                block_counts_ptr, q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt,
-                stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST,
-                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP,
-                FP8_NATIVE,
+                block_counts_ptr, counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale,
+                log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS,
+                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES,
+                NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
             )  # fmt: skip
             # Every program asks once in vain; the last to ask leaves the counter as it found it.
-            asked = tl.atomic_add(next_ptr, 1, sem="relaxed")
+            asked = tl.atomic_add(counters_ptr + columns.NEXT_WORK, 1, sem="relaxed")
             if asked == num_work - 1:
-                tl.store(next_ptr, 0)
+                tl.store(counters_ptr + columns.NEXT_WORK, 0)
             work = asked + tl.num_programs(0)
     else:
         for work in range(program, num_work, tl.num_programs(0)):
             _select_pair(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-                block_counts_ptr, q_scale_ptr, first_item, scale, log2_alpha, log2_candidate, stride_qb, stride_qt,
-                stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST,
-                NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP,
-                FP8_NATIVE,
+                block_counts_ptr, counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale,
+                log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS,
+                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES,
+                NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
             )  # fmt: skip
 
 
@@ -303,6 +330,7 @@ def block_select(
     lists: torch.Tensor,
     counts: torch.Tensor,
     scores: torch.Tensor,
+    parts: Parts | None = None,
     block_counts: torch.Tensor | None = None,
     launch: SelectConfig | None = None,
 ) -> None:
@@ -320,6 +348,7 @@ def block_select(
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
             programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with pieces -inf
             where a block is no candidate.
+        parts: from `parts.part_scratch`, written: what long lists are split into.
         block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.
     """
@@ -336,10 +365,13 @@ def block_select(
         counts,
         scores,
         block_counts,
-        schedule.next_pair,
+        schedule.counters,
+        parts.rows if slab.part_tiles else None,
         q_scale,
         num_work,
         slab.first_item,
+        parts.max_parts if slab.part_tiles else 0,
+        slab.part_tiles,
         slab.list_slots * num_heads,
         softmax_scale * LOG2_E,
         _log2(config.alpha),

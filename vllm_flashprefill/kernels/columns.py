@@ -20,3 +20,14 @@ REQUEST = 0
 QUERY_BLOCK = 1
 LIST_SLOT = 2  # first slot of its block lists (per head) in its slab
 ITEM_COLUMNS = 3
+
+# A part, which is some tiles of a pair's list, that are attended to apart from its others.
+PAIR = 0  # -1 where nothing is to be done
+FIRST_TILE = 1  # tile 0 is the query block itself, tile t the list's entry t - 1
+NUM_TILES = 2
+PART_COLUMNS = 3
+
+# Counters, 0 between kernels.
+NEXT_WORK = 0
+NUM_PARTS = 1
+NUM_COUNTERS = 2

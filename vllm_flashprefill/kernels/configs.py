@@ -127,6 +127,14 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def max_parts(device: torch.device) -> int:
+    """Parts that the lists of a slab may be split into; a list that would take more stays whole.
+
+    With `schedule.tiles_of_a_part` the lists that keep everything take some five for each multiprocessor at most.
+    """
+    return 6 * num_multiprocessors(device)
+
+
 def attention_configs(device: torch.device, head_size: int) -> tuple[AttentionConfig, ...]:
     """What to launch stage 4 with, best first; the last one takes any strides and page size."""
     key = gpu_kind(device), head_size

@@ -10,6 +10,7 @@ import torch
 from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels.block_mean import MEAN_DTYPE, block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
+from vllm_flashprefill.kernels.parts import join_parts, part_scratch
 from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.kernels.sparse_attention import sparse_attention, takes_fp8_products
 from vllm_flashprefill.kernels.value_tiles import value_tiles
@@ -52,7 +53,8 @@ def run_stages(
     block_mean(kv, schedule, mean, pieces)
     scores = score_scratch(q, schedule, config.piece_size > 0, workspace)
     lists, counts = list_scratch(q, schedule, workspace)
-    shared = dict(lists=lists, counts=counts, softmax_scale=softmax_scale, q_scale=q_scale)
+    parts = part_scratch(q, schedule, workspace)
+    shared = dict(lists=lists, counts=counts, parts=parts, softmax_scale=softmax_scale, q_scale=q_scale)
     select = functools.partial(block_select, pieces=pieces, config=config, scores=scores, block_counts=block_counts)
     tiles = None
     if config.compute_dtype == "fp8" and takes_fp8_products(q, kv):
@@ -65,6 +67,8 @@ def run_stages(
         if mark is not None:
             mark()
         attend(attended, kv, schedule, slab, sinks=sinks, out=out, **shared)
+        if slab.part_tiles:
+            join_parts(parts, schedule, slab, counts=counts, sinks=sinks, out=out)
         if mark is not None:
             mark()
     return out

@@ -15,6 +15,7 @@ from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
 from vllm_flashprefill.kernels.descriptors import TensorDescriptor, as_matrix, no_matrix
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels.parts import Parts
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.key_values import KeyValues
 
@@ -58,13 +59,15 @@ def _softmax_step(s, v, acc, row_max, row_sum, scale):
 
 @triton.jit(
     do_not_specialize=[
-        "sinks_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "first_item", "num_dense_items", "rows_per_batch",
-        "rows_per_head", "stride_table", "stride_q_scale", "stride_k_scale", "stride_v_scale",
+        "counters_ptr", "parts_ptr", "sinks_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "first_item",
+        "num_dense_items", "max_parts", "rows_per_batch", "rows_per_head", "stride_table", "stride_q_scale",
+        "stride_k_scale", "stride_v_scale",
     ]
 )  # fmt: skip
 def _sparse_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
-    sinks_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, rows_per_batch, rows_per_head, scale,
+    counters_ptr, parts_ptr, sums_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items,
+    max_parts, rows_per_batch, rows_per_head, scale,
     stride_qb: tl.int64, stride_qt, stride_qh, stride_ob: tl.int64, stride_ot, stride_oh,
     stride_kp: tl.int64, stride_kt, stride_kg, stride_vp: tl.int64, stride_vt, stride_vg,
     stride_table, stride_q_scale, stride_k_scale, stride_v_scale,
@@ -72,15 +75,27 @@ def _sparse_attention_kernel(
     BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FP8_NATIVE: tl.constexpr,
     USE_TMA: tl.constexpr, KV_COLUMNS: tl.constexpr, BY_HEAD: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    work = tl.program_id(0)
+    # Parts of split lists, then pairs.
+    work = tl.program_id(0) - max_parts
     if BY_HEAD:
         # After the dense items, one KV head's query blocks after another's: they share keys in the L2 cache.
         num_dense = num_dense_items * NUM_HEADS
         if work >= num_dense:
-            per_kv_head = (tl.num_programs(0) - num_dense) // (NUM_HEADS // GROUP)
+            per_kv_head = (tl.num_programs(0) - max_parts - num_dense) // (NUM_HEADS // GROUP)
             within = (work - num_dense) % per_kv_head
             work = (work - num_dense) // per_kv_head * GROUP + within % GROUP
             work += num_dense + within // GROUP * NUM_HEADS
+    part = -1
+    if parts_ptr is not None:
+        if work < 0:
+            part = work + max_parts
+            if part >= tl.load(counters_ptr + columns.NUM_PARTS):
+                return
+            work = tl.load(parts_ptr + part * columns.PART_COLUMNS + columns.PAIR)
+            if work < 0:
+                return
+        elif tl.load(parts_ptr + max_parts * columns.PART_COLUMNS + work) >= 0:
+            return
     head = work % NUM_HEADS
     kv_head = head // GROUP
     item_ptr = items_ptr + (first_item + work // NUM_HEADS) * columns.ITEM_COLUMNS
@@ -88,7 +103,11 @@ def _sparse_attention_kernel(
     query_block = tl.load(item_ptr + columns.QUERY_BLOCK)
     list_slot = tl.load(item_ptr + columns.LIST_SLOT).to(tl.int64)
     list_ptr = lists_ptr + (list_slot * NUM_HEADS + head.to(tl.int64) * (query_block + 1))
-    count = tl.load(counts_ptr + work)
+    first_tile, end_tile = 0, tl.load(counts_ptr + work)
+    if parts_ptr is not None:
+        if part >= 0:
+            first_tile = tl.load(parts_ptr + part * columns.PART_COLUMNS + columns.FIRST_TILE)
+            end_tile = first_tile + tl.load(parts_ptr + part * columns.PART_COLUMNS + columns.NUM_TILES)
     batch = tl.load(request_ptr + columns.BATCH)
     query_len = tl.load(request_ptr + columns.QUERY_LEN)
     context_len = tl.load(request_ptr + columns.CONTEXT_LEN)
@@ -127,7 +146,7 @@ def _sparse_attention_kernel(
 
     # Blocks before the query's own: every row sees them whole, and all their tokens exist.
     TILES: tl.constexpr = BLOCK // BLOCK_N
-    for tile in tl.range(0, (count - 1) * TILES, num_stages=NUM_STAGES):
+    for tile in tl.range(tl.maximum(first_tile - 1, 0) * TILES, (end_tile - 1) * TILES, num_stages=NUM_STAGES):
         start = tl.load(list_ptr + tile // TILES) * BLOCK + (tile % TILES) * BLOCK_N
         # k, v: [BLOCK_N, HEAD_SIZE]
         if USE_TMA:
@@ -157,7 +176,8 @@ def _sparse_attention_kernel(
         acc, row_max, row_sum = _softmax_step(s, v, acc, row_max, row_sum, scale)
 
     # The query's own block, causal; its tokens may end within it.
-    for start in tl.range(query_block * BLOCK, tl.minimum((query_block + 1) * BLOCK, seq_len), BLOCK_N, num_stages=1):
+    own_end = tl.where(first_tile == 0, tl.minimum((query_block + 1) * BLOCK, seq_len), 0)
+    for start in tl.range(query_block * BLOCK, own_end, BLOCK_N, num_stages=1):
         tokens = start + offs_n
         mask_tokens = tokens < seq_len
         offs_k = _token_offsets(tokens, mask_tokens, table_row_ptr, kv_start, stride_kp, stride_kt, PAGE_SIZE)
@@ -172,9 +192,17 @@ def _sparse_attention_kernel(
             v = from_e4m3(v, FP8_NATIVE)
         acc, row_max, row_sum = _softmax_step(s, v, acc, row_max, row_sum, scale)
 
+    v_scale = load_scale(v_scale_ptr, kv_head, stride_v_scale)
+    if parts_ptr is not None:
+        if part >= 0:
+            sum_ptrs = sums_ptr + part.to(tl.int64) * (BLOCK * HEAD_SIZE) + offs_m[:, None] * HEAD_SIZE
+            tl.store(sum_ptrs + offs_dim[None, :], acc / row_sum[:, None] * v_scale)
+            lse_ptrs = sums_ptr + max_parts.to(tl.int64) * (BLOCK * HEAD_SIZE) + part * BLOCK + offs_m
+            tl.store(lse_ptrs, row_max + tl.log2(row_sum))
+            return
     if sinks_ptr is not None:
         row_sum += tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E - row_max)
-    out = acc / row_sum[:, None] * load_scale(v_scale_ptr, kv_head, stride_v_scale)
+    out = acc / row_sum[:, None] * v_scale
     out_ptrs = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     out_ptrs = out_ptrs + offs_rows[:, None] * stride_ot + offs_dim[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_rows[:, None])
@@ -188,6 +216,7 @@ def sparse_attention(
     *,
     lists: torch.Tensor,
     counts: torch.Tensor,
+    parts: Parts | None = None,
     softmax_scale: float,
     q_scale: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -197,29 +226,35 @@ def sparse_attention(
 ) -> None:
     """Attention of a slab's query blocks over the blocks in their lists.
 
+    Those whose lists are split, where the slab's part_tiles is not 0, have none before `parts.join_parts`.
+
     Args:
         q, out: [batch, tokens, H, D]; rows of out that are no scheduled query are left alone. q may be e4m3 codes
             (uint8) where kv is e4m3 too, and must be with value_tiles.
         kv: with e4m3 the products are in float16, to whose range q is clamped.
         q_scale, sinks: as of `api.flash_prefill_paged`.
-        lists, counts: from `block_select`.
+        lists, counts, parts: from `block_select`.
         value_tiles: of `value_tiles.value_tiles`, where `takes_fp8_products`: the products are in e4m3, to which the
             probabilities times 256 are rounded.
         launch: tile sizes, to replace the committed table's; with tma, the tensors must allow descriptors.
     """
     head_size = q.shape[3]
+    parts = parts if slab.part_tiles else None
+    arguments = (
+        q, kv, schedule, slab, lists, counts, parts, softmax_scale, q_scale, sinks, out, value_tiles
+    )  # fmt: skip
     choices = (launch,) if launch else attention_configs(q.device, head_size)
     for choice in choices[:-1]:
         if (misfit := _misfit(choice, q, kv, value_tiles is not None)) is None:
             try:
-                _launch(choice, q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out, value_tiles)
+                _launch(choice, *arguments)
                 return
             except Exception as error:
                 _broken.add((choice, kv.fp8, value_tiles is not None))
                 misfit = f"{type(error).__name__}: {error}"
         if misfit:
             _warn_slower("Hopper" if choice.gluon else "TMA", head_size, misfit)
-    _launch(choices[-1], q, kv, schedule, slab, lists, counts, softmax_scale, q_scale, sinks, out, value_tiles)
+    _launch(choices[-1], *arguments)
 
 
 def takes_fp8_products(q: torch.Tensor, kv: KeyValues) -> bool:
@@ -261,6 +296,7 @@ def _launch(
     slab: Slab,
     lists: torch.Tensor,
     counts: torch.Tensor,
+    parts: Parts | None,
     softmax_scale: float,
     q_scale: torch.Tensor | None,
     sinks: torch.Tensor | None,
@@ -269,7 +305,11 @@ def _launch(
 ) -> None:
     k, v = kv.codes()
     num_heads, head_size = q.shape[2:]
-    tables = (kv.block_table, schedule.requests, schedule.items, lists, counts)
+    tables = (kv.block_table, schedule.requests, schedule.items, lists, counts, schedule.counters)
+    most_parts = parts.max_parts if parts else 0
+    # Where there are none, Gluon kernels, whose tuples hold no None, get something that they do not read.
+    absent = (schedule.counters, out) if launch.gluon else (None, None)
+    tables += (parts.rows, parts.sums) if parts else absent
     scale = softmax_scale * LOG2_E.value
     constants = dict(
         NUM_HEADS=num_heads,
@@ -280,25 +320,25 @@ def _launch(
         num_warps=launch.num_warps,
     )
     if launch.gluon:
-        tables += (schedule.next_pair,)
+        constants["SPLIT"] = parts is not None
         if not kv.fp8:
             matrices = as_matrix(q), as_matrix(k)
-            hopper.sparse_attention_hopper(q, kv, out, slab, *matrices, tables, scale, sinks, **constants)
+            hopper.sparse_attention_hopper(q, kv, out, slab, most_parts, *matrices, tables, scale, sinks, **constants)
             return
         if value_tiles is None:
             matrices = as_matrix(q), as_matrix(k)
             hopper_e4m3.sparse_attention_hopper_e4m3(
-                q, kv, out, slab, *matrices, tables, scale, sinks, q_scale, **constants
+                q, kv, out, slab, most_parts, *matrices, tables, scale, sinks, q_scale, **constants
             )
             return
         matrices = as_matrix(q), as_matrix(k)
         hopper_fp8.sparse_attention_hopper_fp8(
-            q, kv, value_tiles, out, slab, *matrices, tables, scale, sinks, q_scale, **constants
+            q, kv, value_tiles, out, slab, most_parts, *matrices, tables, scale, sinks, q_scale, **constants
         )
         return
     matrix = as_matrix(k) if launch.tma else None
     tile = [launch.block_n, head_size]
-    _sparse_attention_kernel[(slab.num_items * num_heads,)](
+    _sparse_attention_kernel[(most_parts + slab.num_items * num_heads,)](
         q,
         k,
         v,
@@ -312,6 +352,7 @@ def _launch(
         kv.v_scale,
         slab.first_item,
         slab.num_dense_items,
+        most_parts,
         matrix.rows_per_batch if matrix else 0,
         matrix.rows_per_head if matrix else 0,
         scale,

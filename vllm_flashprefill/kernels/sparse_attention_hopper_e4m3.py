@@ -27,6 +27,7 @@ from vllm_flashprefill.kernels.sparse_attention_hopper import (
     _consumer,
     _producer,
     _reinterpret,
+    _tiles,
     box_rows,
     grid,
     layout_constants,
@@ -69,9 +70,9 @@ def _widen(codes, wide, ready, taken, HEAD_SIZE: gl.constexpr, BLOCK: gl.constex
 
 
 @gluon.jit
-def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr):
+def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr, SPLIT: gl.constexpr):
     """Queries, keys and values into float16: codes, and queries that are in 16 bits, which are clamped to its range."""
-    requests_ptr, items_ptr, counts_ptr, first_item, staged, shared = args
+    requests_ptr, items_ptr, counts_ptr, parts_ptr, first_item, staged, shared = args
     q_staged, k_codes, v_codes, _, q_here, _, k_here, k_taken, v_here, v_taken, _ = staged
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, _, k_ready, k_free, v_ready, v_free, _ = shared
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [4, 1], [1, 0])
@@ -79,12 +80,12 @@ def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.c
     done = 0
     step = 0
     mbarrier.wait(q_here, 0)
-    pair = gl.sum(pair_buffer.load(one), axis=0)
-    while pair >= 0:
+    number = gl.sum(pair_buffer.load(one), axis=0)
+    while number >= 0:
+        pair, first_tile, num_tiles, _part = _tiles(number, counts_ptr, parts_ptr, SPLIT)
         item_ptr = items_ptr + (first_item + pair // NUM_HEADS) * columns.ITEM_COLUMNS
         request_ptr = requests_ptr + gl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
         query_block = gl.load(item_ptr + columns.QUERY_BLOCK)
-        count = gl.load(counts_ptr + pair)
         seq_len = gl.load(request_ptr + columns.QUERY_LEN) + gl.load(request_ptr + columns.CONTEXT_LEN)
         # Codes lie in the second half of the buffer that they are widened into: the first of them go first, and all
         # that lie where a part goes are read before it is written.
@@ -99,8 +100,8 @@ def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.c
         _barrier()
         mbarrier.arrive(q_ready, count=1)
 
-        for tile in range(0, count + 1):
-            if tile < count:
+        for tile in range(0, num_tiles + 1):
+            if tile < num_tiles:
                 slot = step % STAGES
                 phase = step // STAGES & 1
                 mbarrier.wait(k_here.index(slot), phase)
@@ -111,7 +112,7 @@ def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.c
                 slot = (step - 1) % STAGES
                 phase = (step - 1) // STAGES & 1
                 mbarrier.wait(v_here.index(slot), phase)
-                if tile == 1:
+                if first_tile + tile == 1:
                     if (query_block + 1) * BLOCK > seq_len:
                         _clear_past(v_codes.index(slot), query_block * BLOCK, seq_len, HEAD_SIZE, BLOCK)
                 mbarrier.wait(v_free.index(slot), phase ^ 1)
@@ -121,7 +122,7 @@ def _widener(args, NUM_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.c
         step -= 1
         done += 1
         mbarrier.wait(q_here, done & 1)
-        pair = gl.sum(pair_buffer.load(one), axis=0)
+        number = gl.sum(pair_buffer.load(one), axis=0)
     mbarrier.arrive(q_ready, count=1)
 
 
@@ -152,19 +153,19 @@ def _barriers(ARRIVALS: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "first_item", "num_dense_items", "num_pairs", "q_rows_per_batch", "q_rows_per_head", "kv_rows_per_batch",
-        "kv_rows_per_head", "stride_table", "next_ptr", "sinks_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr",
-        "stride_q_scale", "stride_k_scale", "stride_v_scale",
+        "first_item", "num_dense_items", "num_pairs", "max_parts", "q_rows_per_batch", "q_rows_per_head",
+        "kv_rows_per_batch", "kv_rows_per_head", "stride_table", "counters_ptr", "parts_ptr", "sinks_ptr",
+        "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "stride_q_scale", "stride_k_scale", "stride_v_scale",
     ]
 )  # fmt: skip
 def _sparse_attention_hopper_e4m3_kernel(
-    out_ptr, q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-    sinks_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, num_pairs, q_rows_per_batch,
-    q_rows_per_head, kv_rows_per_batch, kv_rows_per_head, scale, stride_ob: gl.int64, stride_ot, stride_oh,
-    stride_table, stride_q_scale, stride_k_scale, stride_v_scale,
+    out_ptr, q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, counters_ptr,
+    parts_ptr, sums_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, num_pairs,
+    max_parts, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch, kv_rows_per_head, scale, stride_ob: gl.int64,
+    stride_ot, stride_oh, stride_table, stride_q_scale, stride_k_scale, stride_v_scale,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    HAS_SINKS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     wide_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     codes: gl.constexpr = k_desc.dtype
@@ -199,28 +200,31 @@ def _sparse_attention_hopper_e4m3_kernel(
     scales = (q_scale_ptr, k_scale_ptr, v_scale_ptr, stride_q_scale, stride_k_scale, stride_v_scale)
     shared = (q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, 0)
     arrived = (q_codes, k_codes, v_codes, pair_buffer, q_here, q_free, k_here, k_taken, v_here, v_taken, 0)
-    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, scales, first_item, scale, stride_ob, stride_ot,
-               stride_oh, shared)
-    widen = (requests_ptr, items_ptr, counts_ptr, first_item, arrived, shared)
-    produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-               first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
-               kv_rows_per_head, stride_table, 0, arrived)
+    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, parts_ptr, sums_ptr, sinks_ptr, scales, first_item,
+               max_parts, scale, stride_ob, stride_ot, stride_oh, shared)
+    widen = (requests_ptr, items_ptr, counts_ptr, parts_ptr, first_item, arrived, shared)
+    produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, counters_ptr,
+               parts_ptr, first_item, num_dense_items, num_pairs, max_parts, q_rows_per_batch, q_rows_per_head,
+               kv_rows_per_batch, kv_rows_per_head, stride_table, 0, arrived)
     # A constant stays one only inside the call.
     if _TRITON_3_5:
         gl.warp_specialize(
-            (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, gl.constexpr(True)),
+            (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT, gl.constexpr(True)),
             _consumer,
-            ((consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, gl.constexpr(True)),
-             (widen, NUM_HEADS, HEAD_SIZE, BLOCK),
-             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS, gl.constexpr(False))),
+            ((consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT, gl.constexpr(True)),
+             (widen, NUM_HEADS, HEAD_SIZE, BLOCK, SPLIT),
+             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS, SPLIT,
+              gl.constexpr(False))),
             (_consumer_3_5, _widener_3_5, _producer_3_5), [4, 4, 1], [232, 24, 24],
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, gl.constexpr(True))),
-             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, gl.constexpr(True))),
-             (_widener, (widen, NUM_HEADS, HEAD_SIZE, BLOCK)),
-             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS,
+            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT,
+                          gl.constexpr(True))),
+             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT,
+                          gl.constexpr(True))),
+             (_widener, (widen, NUM_HEADS, HEAD_SIZE, BLOCK, SPLIT)),
+             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS, SPLIT,
                           gl.constexpr(False)))],
             [4, 4, 1], [232, 24, 24],
         )
@@ -242,6 +246,7 @@ def sparse_attention_hopper_e4m3(
     kv: KeyValues,
     out: torch.Tensor,
     slab: Slab,
+    most_parts: int,
     q_matrix: Matrix,
     matrix: Matrix,
     tables: tuple[torch.Tensor | None, ...],
@@ -264,7 +269,7 @@ def sparse_attention_hopper_e4m3(
         q, q_layout = q.view(torch.float8_e4m3fn), layout
     box = box_rows(kv.page_size, BLOCK_SIZE)
     scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
-    _sparse_attention_hopper_e4m3_kernel[grid(q, slab)](
+    _sparse_attention_hopper_e4m3_kernel[grid(q, slab, most_parts)](
         out,
         TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], q_layout),
         TensorDescriptor(k, matrix.shape, matrix.strides, [box, head_size], layout),
@@ -272,7 +277,7 @@ def sparse_attention_hopper_e4m3(
         *tables,
         out if sinks is None else sinks,
         *scales,
-        *numbers(kv, out, slab, q_matrix, matrix, scale),
+        *numbers(kv, out, slab, most_parts, q_matrix, matrix, scale),
         *(scale_stride(x) for x in scales),
         **layout_constants(kv, q_matrix, matrix, sinks),
         **constants,

@@ -33,6 +33,8 @@ from vllm_flashprefill.kernels.sparse_attention_hopper import (
     _producer_3_5,
     _scales,
     _store_half,
+    _store_part,
+    _tiles,
     box_rows,
     grid,
     layout_constants,
@@ -79,12 +81,12 @@ def _add_to_sums(sums, correction, p):
 def _consumer(
     args,
     HALF: gl.constexpr, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    HAS_SINKS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """As `sparse_attention_hopper._consumer`. Registers hold the sums of some tiles, shared memory those before."""
     (
-        out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, scales, first_item, base_scale, stride_ob, stride_ot,
-        stride_oh, sums, shared,
+        out_ptr, requests_ptr, items_ptr, counts_ptr, parts_ptr, sums_ptr, sinks_ptr, scales, first_item, max_parts,
+        base_scale, stride_ob, stride_ot, stride_oh, sums, shared,
     ) = args  # fmt: skip
     q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = shared
     ROWS: gl.constexpr = BLOCK // 2
@@ -102,22 +104,22 @@ def _consumer(
     done = 0
     step = 0
     mbarrier.wait(q_ready, 0)
-    pair = gl.sum(pair_buffer.load(one), axis=0)
-    while pair >= 0:
+    number = gl.sum(pair_buffer.load(one), axis=0)
+    while number >= 0:
+        pair, first_tile, num_tiles, part = _tiles(number, counts_ptr, parts_ptr, SPLIT)
         item_ptr = items_ptr + (first_item + pair // NUM_HEADS) * columns.ITEM_COLUMNS
         request_ptr = requests_ptr + gl.load(item_ptr + columns.REQUEST) * columns.REQUEST_COLUMNS
         query_block = gl.load(item_ptr + columns.QUERY_BLOCK)
-        count = gl.load(counts_ptr + pair)
         scale, v_scale = _scales(base_scale, scales, pair % NUM_HEADS // GROUP, True)
         q = q_buffers.index(HALF)
 
-        # The query's own block, causal.
+        # The query's own block, causal, or a later part's first one.
         slot = step % STAGES
         mbarrier.wait(k_ready.index(slot), step // STAGES & 1)
         # [ROWS, BLOCK]
         s = warpgroup_mma(q, k_buffers.index(slot).permute((1, 0)), zeros, use_acc=False)
         mbarrier.arrive(k_free.index(slot), count=1)
-        s = gl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))
+        s = gl.where((first_tile * BLOCK + offs_m)[:, None] >= offs_n[None, :], s, float("-inf"))
         row_max = gl.max(s, axis=1) * scale
         # log2 of the probabilities.
         x = s * scale - (row_max - P_EXPONENT)[:, None]
@@ -131,7 +133,7 @@ def _consumer(
 
         # The rest: every row sees them whole, and all their tokens exist. A tile's scores run under the exponentials of
         # the one before, whose product with values runs under the maximum of these scores.
-        for tile in range(1, count):
+        for tile in range(1, num_tiles):
             v_slot = step % STAGES
             v_phase = step // STAGES & 1
             step += 1
@@ -176,18 +178,22 @@ def _consumer(
         step += 1
         acc += sum_buffer.load(acc_layout) * gl.convert_layout(gl.exp2(sum_max - row_max), acc_row_layout)[:, None]
         total = gl.convert_layout(gl.sum(row_sum, axis=1), acc_row_layout)
+        row_max = gl.convert_layout(row_max, acc_row_layout) - P_EXPONENT
         if HAS_SINKS:
-            sink = gl.load(sinks_ptr + pair % NUM_HEADS).to(gl.float32)
-            total += gl.exp2(sink * LOG2_E - (gl.convert_layout(row_max, acc_row_layout) - P_EXPONENT))
+            if part < 0:
+                total += gl.exp2(gl.load(sinks_ptr + pair % NUM_HEADS).to(gl.float32) * LOG2_E - row_max)
         acc = acc * (v_scale / total)[:, None]
+        if SPLIT:
+            if part >= 0:
+                _store_part(acc, row_max + gl.log2(total), sums_ptr, part, max_parts, HALF, BLOCK)
         _store_half(
-            acc.to(out_ptr.dtype.element_ty), out_ptr, request_ptr, query_block, pair % NUM_HEADS, stride_ob, stride_ot,
-            stride_oh, HALF, BLOCK,
+            acc.to(out_ptr.dtype.element_ty), out_ptr, request_ptr, query_block, pair % NUM_HEADS, part, stride_ob,
+            stride_ot, stride_oh, HALF, BLOCK,
         )  # fmt: skip
 
         done += 1
         mbarrier.wait(q_ready, done & 1)
-        pair = gl.sum(pair_buffer.load(one), axis=0)
+        number = gl.sum(pair_buffer.load(one), axis=0)
 
 
 @gluon.jit
@@ -198,19 +204,19 @@ def _second_consumer_3_5(consumer_args, producer_args):
 
 @gluon.jit(
     do_not_specialize=[
-        "first_item", "num_dense_items", "num_pairs", "q_rows_per_batch", "q_rows_per_head", "kv_rows_per_batch",
-        "kv_rows_per_head", "stride_table", "num_mean_rows", "next_ptr", "sinks_ptr", "q_scale_ptr", "k_scale_ptr",
-        "v_scale_ptr", "stride_q_scale", "stride_k_scale", "stride_v_scale",
+        "first_item", "num_dense_items", "num_pairs", "max_parts", "q_rows_per_batch", "q_rows_per_head",
+        "kv_rows_per_batch", "kv_rows_per_head", "stride_table", "num_mean_rows", "counters_ptr", "parts_ptr",
+        "sinks_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "stride_q_scale", "stride_k_scale", "stride_v_scale",
     ]
 )  # fmt: skip
 def _sparse_attention_hopper_fp8_kernel(
-    out_ptr, q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-    sinks_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, num_pairs, q_rows_per_batch,
-    q_rows_per_head, kv_rows_per_batch, kv_rows_per_head, scale, stride_ob: gl.int64, stride_ot, stride_oh,
-    stride_table, num_mean_rows, stride_q_scale, stride_k_scale, stride_v_scale,
+    out_ptr, q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, counters_ptr,
+    parts_ptr, sums_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, first_item, num_dense_items, num_pairs,
+    max_parts, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch, kv_rows_per_head, scale, stride_ob: gl.int64,
+    stride_ot, stride_oh, stride_table, num_mean_rows, stride_q_scale, stride_k_scale, stride_v_scale,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK: gl.constexpr,
     BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, Q_COLUMNS: gl.constexpr, KV_COLUMNS: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    HAS_SINKS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     # Of the sums: 8 threads' rows lie in different banks.
     sum_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
@@ -233,25 +239,26 @@ def _sparse_attention_hopper_fp8_kernel(
     # fmt: off
     scales = (q_scale_ptr, k_scale_ptr, v_scale_ptr, stride_q_scale, stride_k_scale, stride_v_scale)
     shared = (q_buffers, k_buffers, v_buffers, pair_buffer, q_ready, q_free, k_ready, k_free, v_ready, v_free, 0)
-    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, sinks_ptr, scales, first_item, scale, stride_ob, stride_ot,
-               stride_oh, sums, shared)
-    produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, next_ptr,
-               first_item, num_dense_items, num_pairs, q_rows_per_batch, q_rows_per_head, kv_rows_per_batch,
-               kv_rows_per_head, stride_table, num_mean_rows, shared)
+    consume = (out_ptr, requests_ptr, items_ptr, counts_ptr, parts_ptr, sums_ptr, sinks_ptr, scales, first_item,
+               max_parts, scale, stride_ob, stride_ot, stride_oh, sums, shared)
+    produce = (q_desc, k_desc, v_desc, block_table_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, counters_ptr,
+               parts_ptr, first_item, num_dense_items, num_pairs, max_parts, q_rows_per_batch, q_rows_per_head,
+               kv_rows_per_batch, kv_rows_per_head, stride_table, num_mean_rows, shared)
     # A constant stays one only inside the call.
     if _TRITON_3_5:
         gl.warp_specialize(
-            (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS),
+            (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT),
             _consumer,
-            ((consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS),
-             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS, gl.constexpr(True))),
+            ((consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT),
+             (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS, SPLIT,
+              gl.constexpr(True))),
             (_second_consumer_3_5, _producer_3_5), [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS)),
-             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS)),
-             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS,
+            [(_consumer, (consume, gl.constexpr(0), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT)),
+             (_consumer, (consume, gl.constexpr(1), NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, HAS_SINKS, SPLIT)),
+             (_producer, (produce, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK, BOX, PAGE_SIZE, Q_COLUMNS, KV_COLUMNS, SPLIT,
                           gl.constexpr(True)))],
             [4, 1], [240, 24],
         )
@@ -264,6 +271,7 @@ def sparse_attention_hopper_fp8(
     value_tiles: torch.Tensor,
     out: torch.Tensor,
     slab: Slab,
+    most_parts: int,
     q_matrix: Matrix,
     matrix: Matrix,
     tables: tuple[torch.Tensor | None, ...],
@@ -285,7 +293,7 @@ def sparse_attention_hopper_fp8(
     layout = codes_layout(head_size)
     box = box_rows(kv.page_size, BLOCK_SIZE)
     scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
-    _sparse_attention_hopper_fp8_kernel[grid(q, slab)](
+    _sparse_attention_hopper_fp8_kernel[grid(q, slab, most_parts)](
         out,
         TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
         TensorDescriptor(k, matrix.shape, matrix.strides, [box, head_size], layout),
@@ -293,7 +301,7 @@ def sparse_attention_hopper_fp8(
         *tables,
         out if sinks is None else sinks,
         *scales,
-        *numbers(kv, out, slab, q_matrix, matrix, scale),
+        *numbers(kv, out, slab, most_parts, q_matrix, matrix, scale),
         value_tiles.shape[1],
         *(scale_stride(x) for x in scales),
         **layout_constants(kv, q_matrix, matrix, sinks),

@@ -8,7 +8,8 @@ import math
 import torch
 
 from vllm_flashprefill.config import BLOCK_SIZE
-from vllm_flashprefill.kernels.configs import num_select_programs
+from vllm_flashprefill.kernels import columns
+from vllm_flashprefill.kernels.configs import max_parts, num_select_programs
 from vllm_flashprefill.kernels.schedule import LIST_BYTES
 
 # Start of each tensor in the buffer: tensor descriptors and vector loads want at most this.
@@ -77,4 +78,7 @@ def scratch_bytes(
     scores = num_select_programs(device, head_size, num_pieces > 0) * key_blocks * 4
     list_slots = min(query_blocks * key_blocks, max(LIST_BYTES // (4 * num_heads), key_blocks))
     counts = query_blocks * num_heads * 4
-    return mean + pieces + value_tiles + scores + list_slots * num_heads * 4 + counts + 6 * ALIGNMENT
+    part_rows = max_parts(device) * columns.PART_COLUMNS * 4 + counts
+    part_sums = max_parts(device) * BLOCK_SIZE * (head_size + 1) * 4
+    lists = list_slots * num_heads * 4
+    return mean + pieces + value_tiles + scores + lists + counts + part_rows + part_sums + 8 * ALIGNMENT

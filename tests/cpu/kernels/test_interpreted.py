@@ -42,6 +42,16 @@ GROUPS = {
         "one_kv_head": (0.3, "requests=[Request(800), Request(520)], heads=3, kv_heads=1, dim=128"),
         "alpha_0": (0.0, "page_size=16, requests=[Request(700, 57)]"),
     },
+    "parts": {
+        "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)], part_tiles=2"),
+        "alpha_0": (0.0, "page_size=48, requests=[Request(300, 900)], part_tiles=3, sinks=True, heads=2, kv_heads=1"),
+        "more_than_there_is_room_for": (0.0, "requests=[Request(900)], heads=2, kv_heads=1, part_tiles=1"),
+        "slabs": (0.3, "requests=[Request(900)], slab_bytes=300, part_tiles=2"),
+        "e4m3": (
+            0.3, "page_size=16, requests=[Request(200, 500)], kv_dtype=torch.uint8, kv_scales='head', part_tiles=2"
+        ),
+        "chosen": (0.3, "page_size=256, requests=[Request(20, 4200)], heads=2, kv_heads=1, part_tiles=None"),
+    },
     "e4m3": {
         "scales_of_heads": (
             0.3,

@@ -52,7 +52,9 @@ def cache(page_size=128, dtype=torch.bfloat16, pad=0):
 
 def attend(kv, **options):
     q = torch.zeros(1, 5, 4, 128, dtype=torch.bfloat16)
-    sparse_attention.sparse_attention(q, kv, None, None, lists=None, counts=None, softmax_scale=1.0, out=q, **options)
+    sparse_attention.sparse_attention(
+        q, kv, None, Slab(0, 1, 0, 4), lists=None, counts=None, softmax_scale=1.0, out=q, **options
+    )
 
 
 def said(caplog):
@@ -161,10 +163,10 @@ def test_constants_of_a_kernel_can_be_written_as_json(module, monkeypatch):
     e4m3 = module is not sparse_attention.hopper
     kv = cache(dtype=torch.uint8 if e4m3 else torch.bfloat16)
     q = torch.zeros(1, 5, 4, 128, dtype=torch.uint8 if e4m3 else torch.bfloat16)
-    schedule = types.SimpleNamespace(requests=None, items=None, next_pair=None)
+    schedule = types.SimpleNamespace(requests=None, items=None, counters=torch.zeros(2))
     tiles = torch.zeros(2, 4, 128, 128, dtype=torch.uint8) if module is sparse_attention.hopper_fp8 else None
     out, slab = torch.zeros(q.shape, dtype=torch.bfloat16), Slab(0, 1, 0, 4)
-    sparse_attention._launch(GLUON, q, kv, schedule, slab, None, None, 1.0, None, None, out, tiles)
+    sparse_attention._launch(GLUON, q, kv, schedule, slab, None, None, None, 1.0, None, None, out, tiles)
     assert given["HEAD_SIZE"] == 128 and json.loads(json.dumps(given)) == given
 
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from vllm_flashprefill.kernels import block_mean, block_select, sparse_attention
+from vllm_flashprefill.kernels import block_mean, block_select, parts, sparse_attention
 
 
 def hopper_kernels():
@@ -27,8 +27,13 @@ def test_scales_lie_anywhere():
     assert len(scales) == (11 if len(kernels) > 3 else 5) and all(param.do_not_specialize for param in scales)
 
 
-def test_the_counter_lies_at_any_place_of_an_upload():
+def test_the_counters_lie_at_any_place_of_an_upload():
     """Its address is a multiple of 16 bytes for some batches only, by which Triton compiles two kernels."""
-    for kernel in (block_select._block_select_kernel, *hopper_kernels()):
-        (counter,) = [param for param in kernel.params if param.name == "next_ptr"]
-        assert counter.do_not_specialize
+    kernels = (
+        block_select._block_select_kernel, sparse_attention._sparse_attention_kernel, parts._join_parts_kernel,
+        *hopper_kernels(),
+    )  # fmt: skip
+    for kernel in kernels:
+        # What is no part's number is at its place where there are none.
+        counters = [param for param in kernel.params if param.name in ("counters_ptr", "parts_ptr")]
+        assert len(counters) == 2 and all(param.do_not_specialize for param in counters)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_flashprefill.kernels.configs import num_select_programs
+from vllm_flashprefill.kernels import columns
+from vllm_flashprefill.kernels.configs import max_parts, num_select_programs
 from vllm_flashprefill.kernels.schedule import schedule_requests
 from vllm_flashprefill.kernels.workspace import Workspace, scratch_bytes
 from vllm_flashprefill.plan import SparseRequest
@@ -83,7 +84,10 @@ def test_the_largest_step_fits_what_is_reserved(
         ((num_select_programs(CPU, 64, num_pieces > 0), schedule.max_key_blocks), torch.float32),
         ((max(slab.list_slots for slab in schedule.slabs) * num_heads,), torch.int32),
         ((max(slab.num_items for slab in schedule.slabs) * num_heads,), torch.int32),
-    ]
+        ((max_parts(CPU) * columns.PART_COLUMNS + max(slab.num_items for slab in schedule.slabs) * num_heads,),
+         torch.int32),
+        ((max_parts(CPU) * 128 * 65,), torch.float32),
+    ]  # fmt: skip
     start = workspace.empty((1,), torch.uint8).data_ptr()
     workspace.rewind()
     for shape, dtype in wanted:

@@ -62,7 +62,10 @@ def test_kernels_are_compiled_once_for_each_kind_of_layer(calls, monkeypatch):
     plain = DTYPE, DTYPE, False, False, False
     e4m3 = (torch.float8_e4m3fn, torch.uint8, True) if has_quantised_query(quantised) else (DTYPE, torch.uint8, False)
     kinds = [(32, plain), (128, plain), (32, (*e4m3, True, True))]
-    assert ran == [(HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE, *kind) for page_size, kind in kinds]
+    # A prompt, and a chunk whose lists are split, each.
+    assert ran == [
+        (HEADS, HEAD_SIZE, page_size, KV_HEADS, HEAD_SIZE, *kind) for page_size, kind in kinds for _ in range(2)
+    ]
     assert not quantised.kernels_failed
 
 

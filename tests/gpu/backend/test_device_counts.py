@@ -72,7 +72,7 @@ def test_scratch_from_a_workspace_changes_nothing(step):
 def test_a_reserved_workspace_allocates_nothing(step):
     _, _, _, run = step
     workspace = Workspace(torch.device("cuda"))
-    workspace.reserve(64 << 20)
+    workspace.reserve(128 << 20)
     counts = torch.zeros(2, dtype=torch.int64, device="cuda")
     out_bytes = run(workspace=workspace, block_counts=counts).nbytes
     before = torch.cuda.memory_allocated()

@@ -101,6 +101,31 @@ def test_e4m3_products_of_other_batches(options, caplog):
     assert "slower" not in caplog.text
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [0, 16, 128])
+@pytest.mark.parametrize("kind", ["bf16", "e4m3", "e4m3 queries"])
+@pytest.mark.parametrize("part_tiles", [1, 3, None])
+def test_split_lists(part_tiles, kind, page_size, dim, caplog):
+    """Parts of every length, more of them than there is room for, and what the schedule chooses for a long append."""
+    config = sparse_config(piece_size=8)
+    how = dict(page_size=page_size, dim=dim, dtype=torch.bfloat16, device="cuda", config=config, part_tiles=part_tiles)
+    if kind != "bf16":
+        how.update(kv_dtype=torch.uint8, kv_scales="head", q_e4m3=kind != "e4m3")
+    requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640)]
+    if part_tiles is None:
+        requests = [Request(300, 12_345)]
+    if not page_size:
+        if kind != "bf16":
+            pytest.skip("a cache in e4m3 has pages")
+        requests = [Request(5000), Request(1)]
+    batch = make_batch(requests, sinks=part_tiles == 3, **how)
+    assert batch.schedule.slabs[0].part_tiles
+    check_all(batch, config, SCALE)
+    if kind == "e4m3 queries" and dim < 256 and torch.cuda.get_device_capability()[0] == 9:
+        check_fp8_products(batch, config, SCALE)
+    assert dim == 256 or "slower" not in caplog.text
+
+
 def test_e4m3_codes():
     for native in (False, *([True] if torch.cuda.get_device_capability() >= (8, 9) else [])):
         check_e4m3_codes("cuda", native=native)
