@@ -238,9 +238,6 @@ class FixedDensity:
 
     def __call__(self, q, mean, schedule, slab, *, config, lists, counts, parts, block_counts, **options: Any) -> None:
         def select(config, block_counts=None):
-            # Nothing joins the parts of what is selected here.
-            if parts:
-                schedule.counters.zero_()
             self.select(
                 q, mean, schedule, slab, config=config, lists=lists, counts=counts, parts=parts,
                 block_counts=block_counts, **options,
@@ -256,6 +253,8 @@ class FixedDensity:
         if key not in self.made:
             fixed = self._lists(q.shape[2], schedule, slab, config, parts)
             self.made[key] = (*fixed, self._with_candidates(select, config, *fixed[2].tolist()))
+            # Nothing has joined the parts of what was selected there.
+            schedule.counters.zero_()
         fixed_lists, fixed_counts, fixed_block_counts, fixed_parts, config = self.made[key]
         select(config)
         block_counts.add_(fixed_block_counts)

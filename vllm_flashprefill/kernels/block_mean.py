@@ -9,6 +9,7 @@ import triton.language as tl
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.key_values import KeyValues
 
@@ -103,7 +104,9 @@ def block_mean(
     rows = schedule.requests
     for requests in (rows,) if len(rows) <= MAX_REQUESTS else rows.split(MAX_REQUESTS):
         grid = (schedule.max_key_blocks, kv.num_heads, len(requests))
-        _block_mean_kernel[grid](
+        launch_kernel(
+            _block_mean_kernel,
+            grid,
             k,
             out,
             pieces,

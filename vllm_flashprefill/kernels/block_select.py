@@ -22,6 +22,7 @@ from vllm_flashprefill.config import BLOCK_SIZE, FlashPrefillConfig
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.parts import Parts
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
@@ -355,7 +356,9 @@ def block_select(
     num_heads, head_size = q.shape[2:]
     launch = launch or select_config(q.device, head_size, pieces is not None)
     num_work = slab.num_items * num_heads
-    _block_select_kernel[(min(len(scores), num_work),)](
+    launch_kernel(
+        _block_select_kernel,
+        (min(len(scores), num_work),),
         q,
         mean,
         pieces,

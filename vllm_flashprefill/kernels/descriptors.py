@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from typing import Any
 
 import torch
 
@@ -20,11 +22,40 @@ class Matrix:
     Element [i, j, h, d] lies in row i * rows_per_batch + h * rows_per_head + j, column h * columns_per_head + d.
     """
 
-    shape: list[int]
-    strides: list[int]
+    shape: tuple[int, int]
+    strides: tuple[int, int]
     rows_per_batch: int
     rows_per_head: int
     columns_per_head: int
+
+
+# Descriptors of no tensor, by what they say of one, and how many there have been.
+_templates: dict[tuple, Any] = {}
+_numbers = itertools.count()
+
+
+def descriptor(x: torch.Tensor, matrix: Matrix, box: tuple[int, int], layout: Any = None) -> Any:
+    """x, described for copies of a box of it: Triton's descriptor, or with a layout Gluon's.
+
+    Its attribute `kind` is the same for all that differ in the tensor alone. Triton's checks, which cost more than all
+    else, are made for the first of them.
+    """
+    key = (x.dtype, matrix, box, layout)
+    template = _templates.get(key)
+    if template is None:
+        if layout is None:
+            template = TensorDescriptor(x, list(matrix.shape), list(matrix.strides), list(box))
+        else:
+            from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+            template = GluonDescriptor(x, list(matrix.shape), list(matrix.strides), list(box), layout)
+        if len(_templates) >= 256:
+            _templates.clear()
+        template.base, template.kind = None, f"descriptor {next(_numbers)}"
+        _templates[key] = template
+    described = object.__new__(type(template))
+    described.__dict__.update(template.__dict__, base=x)
+    return described
 
 
 def as_matrix(x: torch.Tensor) -> Matrix | None:
@@ -72,4 +103,4 @@ def _matrix_or_misfit(
         return "heads of one token among those of the next"
     if rows >= 2**31:
         return "2**31 rows or more"
-    return Matrix([rows, columns], [row_stride, 1], rows_per_batch, rows_per_head, columns_per_head)
+    return Matrix((rows, columns), (row_stride, 1), rows_per_batch, rows_per_head, columns_per_head)

@@ -17,6 +17,7 @@ import triton.language as tl
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import max_parts
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
@@ -125,7 +126,9 @@ def join_parts(
         sinks, out: as of `sparse_attention`.
     """
     num_heads, head_size = out.shape[2:]
-    _join_parts_kernel[(slab.num_items * num_heads, BLOCK_SIZE // ROWS)](
+    launch_kernel(
+        _join_parts_kernel,
+        (slab.num_items * num_heads, BLOCK_SIZE // ROWS),
         out,
         parts.sums,
         schedule.requests,

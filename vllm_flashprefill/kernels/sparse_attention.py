@@ -13,8 +13,9 @@ import triton.language as tl
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import AttentionConfig, attention_configs
-from vllm_flashprefill.kernels.descriptors import TensorDescriptor, as_matrix, no_matrix
+from vllm_flashprefill.kernels.descriptors import as_matrix, descriptor, no_matrix
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.parts import Parts
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.key_values import KeyValues
@@ -337,14 +338,16 @@ def _launch(
         )
         return
     matrix = as_matrix(k) if launch.tma else None
-    tile = [launch.block_n, head_size]
-    _sparse_attention_kernel[(most_parts + slab.num_items * num_heads,)](
+    tile = launch.block_n, head_size
+    launch_kernel(
+        _sparse_attention_kernel,
+        (most_parts + slab.num_items * num_heads,),
         q,
         k,
         v,
         out,
-        TensorDescriptor(k, matrix.shape, matrix.strides, tile) if matrix else None,
-        TensorDescriptor(v, matrix.shape, matrix.strides, tile) if matrix else None,
+        descriptor(k, matrix, tile) if matrix else None,
+        descriptor(v, matrix, tile) if matrix else None,
         *tables,
         sinks,
         q_scale,

@@ -11,6 +11,7 @@ The query's own block is a pair's first tile, since it alone needs a mask.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 
@@ -25,12 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import num_multiprocessors
-from vllm_flashprefill.kernels.descriptors import Matrix
+from vllm_flashprefill.kernels.descriptors import Matrix, descriptor
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.schedule import Slab
 from vllm_flashprefill.key_values import KeyValues
 
@@ -57,6 +58,7 @@ def box_rows(page_size: int, block_size: int) -> int:
     return math.gcd(page_size, block_size)
 
 
+@functools.cache
 def tile_layout(element_size: int) -> gl.NVMMASharedLayout:
     """How a tile of q, k or v lies in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * element_size, rank=2)
@@ -550,12 +552,14 @@ def sparse_attention_hopper(
         scale, sinks, constants: its arguments that `_sparse_attention_kernel` has too.
     """
     layout, box = tile_layout(kv.k.element_size()), box_rows(kv.page_size, BLOCK_SIZE)
-    _sparse_attention_hopper_kernel[grid(q, slab, most_parts)](
+    launch_kernel(
+        _sparse_attention_hopper_kernel,
+        grid(q, slab, most_parts),
         out,
         # A warpgroup's half of a query block.
-        TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, q.shape[3]], layout),
-        TensorDescriptor(kv.k, matrix.shape, matrix.strides, [box, PANEL], layout),
-        TensorDescriptor(kv.v, matrix.shape, matrix.strides, [box, PANEL], layout),
+        descriptor(q, q_matrix, (BLOCK_SIZE // 2, q.shape[3]), layout),
+        descriptor(kv.k, matrix, (box, PANEL), layout),
+        descriptor(kv.v, matrix, (box, PANEL), layout),
         *tables,
         # The kernel reads it only where there are sinks.
         out if sinks is None else sinks,

@@ -6,6 +6,8 @@ two multiply.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,12 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
-from vllm_flashprefill.kernels.descriptors import Matrix
+from vllm_flashprefill.kernels.descriptors import Matrix, descriptor
 from vllm_flashprefill.kernels.fp8 import scale_stride
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.schedule import Slab
 from vllm_flashprefill.kernels.sparse_attention_hopper import (
     _TRITON_3_5,
@@ -231,6 +233,7 @@ def _sparse_attention_hopper_e4m3_kernel(
     # fmt: on
 
 
+@functools.cache
 def codes_layout(columns_of_a_row: int) -> gl.NVMMASharedLayout:
     """How a tile of codes lies in shared memory, its rows of 64 or 128."""
     return gl.NVMMASharedLayout(swizzle_byte_width=columns_of_a_row, element_bitwidth=8, rank=2)
@@ -269,11 +272,13 @@ def sparse_attention_hopper_e4m3(
         q, q_layout = q.view(torch.float8_e4m3fn), layout
     box = box_rows(kv.page_size, BLOCK_SIZE)
     scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
-    _sparse_attention_hopper_e4m3_kernel[grid(q, slab, most_parts)](
+    launch_kernel(
+        _sparse_attention_hopper_e4m3_kernel,
+        grid(q, slab, most_parts),
         out,
-        TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], q_layout),
-        TensorDescriptor(k, matrix.shape, matrix.strides, [box, head_size], layout),
-        TensorDescriptor(v, matrix.shape, matrix.strides, [box, head_size], layout),
+        descriptor(q, q_matrix, (BLOCK_SIZE // 2, head_size), q_layout),
+        descriptor(k, matrix, (box, head_size), layout),
+        descriptor(v, matrix, (box, head_size), layout),
         *tables,
         out if sinks is None else sinks,
         *scales,

@@ -18,12 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
-from vllm_flashprefill.kernels.descriptors import Matrix
+from vllm_flashprefill.kernels.descriptors import Matrix, descriptor
 from vllm_flashprefill.kernels.fp8 import scale_stride
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.schedule import Slab
 from vllm_flashprefill.kernels.sparse_attention_hopper import (
     _TRITON_3_5,
@@ -290,14 +290,17 @@ def sparse_attention_hopper_fp8(
     """
     head_size = q.shape[3]
     q, k, tiles = (x.view(torch.float8_e4m3fn) for x in (q, kv.k, value_tiles.view(-1, BLOCK_SIZE)))
+    tile_matrix = Matrix(tuple(tiles.shape), tiles.stride(), len(tiles), 0, 0)
     layout = codes_layout(head_size)
     box = box_rows(kv.page_size, BLOCK_SIZE)
     scales = given_scales(q, q_scale, kv.k_scale, kv.v_scale)
-    _sparse_attention_hopper_fp8_kernel[grid(q, slab, most_parts)](
+    launch_kernel(
+        _sparse_attention_hopper_fp8_kernel,
+        grid(q, slab, most_parts),
         out,
-        TensorDescriptor(q, q_matrix.shape, q_matrix.strides, [BLOCK_SIZE // 2, head_size], layout),
-        TensorDescriptor(k, matrix.shape, matrix.strides, [box, head_size], layout),
-        TensorDescriptor(tiles, tiles.shape, tiles.stride(), [head_size, BLOCK_SIZE], codes_layout(BLOCK_SIZE)),
+        descriptor(q, q_matrix, (BLOCK_SIZE // 2, head_size), layout),
+        descriptor(k, matrix, (box, head_size), layout),
+        descriptor(tiles, tile_matrix, (head_size, BLOCK_SIZE), codes_layout(BLOCK_SIZE)),
         *tables,
         out if sinks is None else sinks,
         *scales,

@@ -9,6 +9,7 @@ import triton.language as tl
 from vllm_flashprefill.config import BLOCK_SIZE
 from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.block_mean import MAX_REQUESTS
+from vllm_flashprefill.kernels.launch import launch_kernel
 from vllm_flashprefill.kernels.schedule import Schedule
 from vllm_flashprefill.kernels.sparse_attention import _token_offsets
 from vllm_flashprefill.key_values import KeyValues
@@ -84,7 +85,9 @@ def value_tiles(kv: KeyValues, schedule: Schedule, out: torch.Tensor) -> torch.T
     words = v.view(torch.int32)
     rows = schedule.requests
     for requests in (rows,) if len(rows) <= MAX_REQUESTS else rows.split(MAX_REQUESTS):
-        _value_tiles_kernel[(schedule.max_key_blocks, kv.num_heads, len(requests))](
+        launch_kernel(
+            _value_tiles_kernel,
+            (schedule.max_key_blocks, kv.num_heads, len(requests)),
             words,
             out.view(torch.int32),
             kv.block_table,

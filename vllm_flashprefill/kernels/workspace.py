@@ -22,6 +22,7 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self._used = 0
+        self._cut: dict[tuple, torch.Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -32,6 +33,7 @@ class Workspace:
         if num_bytes > self.num_bytes:
             self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._buffer.device)
             self._used = 0
+            self._cut.clear()
 
     def rewind(self) -> None:
         """Start again: what `empty` gave so far is given again."""
@@ -39,12 +41,18 @@ class Workspace:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor with anything in it, from the buffer or, where that is full, of its own."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        end = self._used + num_bytes
+        start, num_bytes = self._used, math.prod(shape) * dtype.itemsize
+        end = start + num_bytes
         if end > self.num_bytes:
             return torch.empty(shape, dtype=dtype, device=self._buffer.device)
-        start, self._used = self._used, -(-end // ALIGNMENT) * ALIGNMENT
-        return self._buffer[start:end].view(dtype).view(shape)
+        self._used = -(-end // ALIGNMENT) * ALIGNMENT
+        # Each layer of a step asks for the same.
+        key = start, shape, dtype
+        if key not in self._cut:
+            if len(self._cut) >= 256:
+                self._cut.clear()
+            self._cut[key] = self._buffer[start:end].view(dtype).view(shape)
+        return self._cut[key]
 
 
 @functools.cache

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 sparse_attention = pytest.importorskip("vllm_flashprefill.kernels.sparse_attention")
-if sparse_attention.TensorDescriptor is None:
+from vllm_flashprefill.kernels import descriptors  # noqa: E402
+
+if descriptors.TensorDescriptor is None:
     pytest.skip("this Triton has no tensor descriptors", allow_module_level=True)
 
 from tests.cpu.kernels.test_interpreted import IMPORTS, needs_triton, run_interpreted  # noqa: E402
