@@ -70,7 +70,7 @@ def test_the_strides_of_the_default_layout():
     keys, _ = caches(8)["LBNHC"]
     matrix = descriptors.as_matrix(keys)
     assert matrix.shape == (PAGES * PAGE_SIZE, 15 * HEAD_SIZE)
-    assert matrix.strides == [16 * HEAD_SIZE, 1]
+    assert matrix.strides == (16 * HEAD_SIZE, 1)
     assert (matrix.rows_per_batch, matrix.rows_per_head, matrix.columns_per_head) == (PAGE_SIZE, 0, 2 * HEAD_SIZE)
 
 
