@@ -73,6 +73,9 @@ class FlashPrefillConfig:
         num_window_blocks: most recent key blocks, the query's own among them, always kept; at least 1.
         num_dense_tail_blocks: last query blocks of a prompt that attend to everything.
         min_sparse_tokens: prompts shorter than this many tokens stay dense.
+        min_append_tokens: in vLLM on a GPU, a step whose prefills all follow on cached tokens stays dense where its
+            tokens count for less than this many (`plan.step_work`), since less time would be saved than the kernels'
+            launches take. 0 for never.
         num_dense_layers: this many first layers of the model stay dense.
         piece_size: keys of the pieces by whose mean keys a block is scored; 4, 8, 16, 32 or 64. 0: by the mean key of
             the whole block, as published, which loses facts.
@@ -90,6 +93,7 @@ class FlashPrefillConfig:
     num_window_blocks: int = 4
     num_dense_tail_blocks: int = 2
     min_sparse_tokens: int = 4096
+    min_append_tokens: int = 2048
     num_dense_layers: int = 0
     piece_size: int = 8
     candidate_alpha: float = 0.01
@@ -173,6 +177,7 @@ _INTEGER_OPTIONS = {
     "num_sink_blocks": 0,
     "num_window_blocks": 1,
     "num_dense_tail_blocks": 0,
+    "min_append_tokens": 0,
     "min_sparse_tokens": 0,
     "num_dense_layers": 0,
     "piece_size": 0,

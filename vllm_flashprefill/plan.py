@@ -94,6 +94,10 @@ class StepPlan:
         return max(request.seq_len for request in self.sparse)
 
 
+# What a step's work is counted in: tokens of a model with so many heads a GPU. The other parts of its layers take as
+# long for a token as attention over so many others (Llama-3.1-8B).
+WORK_HEADS, WORK_CONTEXT = 32, 24_576
+
 # Of so many, each is asked about by itself. Of more, decodes and short prompts are found together; what remains is
 # few, or is sparse and so described one by one anyway.
 FEW_REQUESTS = 4
@@ -108,6 +112,7 @@ def plan_step(
     config: FlashPrefillConfig,
     prompt_lens: np.ndarray | None = None,
     is_prefilling: np.ndarray | None = None,
+    append_heads: int | None = None,
 ) -> StepPlan:
     """Split a step's requests into sparse and dense.
 
@@ -117,6 +122,7 @@ def plan_step(
         prompt_lens: [num_reqs] integers, tokens of each request's whole prefill; as of `request_dense_reason` where
             it is not given.
         is_prefilling: [num_reqs] bool, likewise.
+        append_heads: query heads a GPU; None where short appends are no dearer than others, as on a CPU.
 
     Raises:
         ValueError: arrays that do not describe a batch.
@@ -158,5 +164,20 @@ def plan_step(
             is_dense[row] = False
         else:
             dense_tokens[reason] = dense_tokens.get(reason, 0) + query_len
+    if sparse and append_heads and all(request.context_len for request in sparse):
+        if step_work(query_lens, seq_lens, append_heads) < config.min_append_tokens:
+            dense_tokens[DenseReason.SHORT_APPEND] = sum(request.query_len for request in sparse)
+            is_dense[[request.index for request in sparse]] = True
+            sparse = []
     counted = {reason: tokens for reason, tokens in dense_tokens.items() if tokens}
     return StepPlan(tuple(sparse), is_dense.nonzero()[0], counted)
+
+
+def step_work(query_lens: np.ndarray, seq_lens: np.ndarray, num_heads: int) -> float:
+    """What dense attention and the rest of a model take for a step, in tokens that have no others before them.
+
+    Args:
+        query_lens, seq_lens: [num_reqs] integers, tokens of each request in this step, and up to its end.
+        num_heads: query heads a GPU, as which a model's other parts are taken to grow.
+    """
+    return float((query_lens * (1.0 + seq_lens / WORK_CONTEXT)).sum()) * num_heads / WORK_HEADS

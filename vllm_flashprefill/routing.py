@@ -17,6 +17,7 @@ class DenseReason(str, enum.Enum):
     SHORT_PROMPT = "short_prompt"
     NOTHING_TO_PRUNE = "nothing_to_prune"
     # of a step
+    SHORT_APPEND = "short_append"
     NOT_PLANNED = "not_planned"
     UNKNOWN_BATCH = "unknown_batch"
     # of a layer

@@ -100,6 +100,41 @@ def test_every_token_is_planned_once(requests, know_prompts):
         assert request.prompt_len >= max(request.seq_len, CONFIG.min_sparse_tokens)
 
 
+@pytest.mark.parametrize(
+    "query_lens, context_lens, heads, dense",
+    [
+        # As measured on an H200 (docs/performance.md): 512 new tokens are too few over 64K, not over 116K.
+        ([512], [32 << 10], 32, True),
+        ([512], [64 << 10], 32, True),
+        ([512], [116 << 10], 32, False),
+        ([1024], [32 << 10], 32, False),
+        # A rank of four has a quarter of the work and as many launches.
+        ([1024], [116 << 10], 8, True),
+        ([8192], [32 << 10], 8, False),
+        # The whole step counts.
+        ([512] * 2, [32 << 10] * 2, 32, False),
+        # It is of appends alone, on a GPU.
+        ([4096], [0], 1, False),
+        ([512], [32 << 10], None, False),
+    ],
+)
+def test_a_step_of_short_appends_is_dense(query_lens, context_lens, heads, dense):
+    seq_lens = np.add(query_lens, context_lens)
+    config = FlashPrefillConfig()
+    for options, is_dense in ((config, dense), (dataclasses.replace(config, min_append_tokens=0), False)):
+        plan = plan_step(np.cumsum([0, *query_lens]), seq_lens, options, seq_lens, append_heads=heads)
+        assert plan.dense_tokens == ({DenseReason.SHORT_APPEND: sum(query_lens)} if is_dense else {})
+        assert len(plan.sparse) == (0 if is_dense else len(query_lens))
+        assert plan.dense.tolist() == (list(range(len(query_lens))) if is_dense else [])
+
+
+def test_short_appends_beside_a_whole_prompt_are_sparse():
+    query_lens, seq_lens = np.array([512, 1, 5000]), np.array([32_768, 600, 5000])
+    plan = plan_step(np.cumsum([0, *query_lens]), seq_lens, FlashPrefillConfig(), seq_lens, append_heads=4)
+    assert [request.index for request in plan.sparse] == [0, 2]
+    assert plan.dense_tokens == {DenseReason.DECODE: 1}
+
+
 def plan_one_by_one(query_lens, context_lens, prompt_lens, is_prefilling, config):
     """(sparse requests, dense rows, dense tokens) by the rule for one request."""
     sparse, dense, dense_tokens, start = [], [], Counter(), 0

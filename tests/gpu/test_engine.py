@@ -16,7 +16,7 @@ from tests.support.jobs import run_job
 NUM_REQUESTS = int(os.environ.get("FLASHPREFILL_TEST_REQUESTS", "200"))
 LONGEST = 60_000
 MAX_TOKENS = 16
-ALPHA_0 = {"alpha": 0.0, "min_sparse_tokens": 300}
+ALPHA_0 = {"alpha": 0.0, "min_sparse_tokens": 300, "min_append_tokens": 0}
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 needs_model = pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL} is not there; scripts/fetch_model.py fetches it")

@@ -30,7 +30,10 @@ from vllm_flashprefill.config import FlashPrefillConfig
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
 SCALE = HEAD_SIZE**-0.5
 DTYPE = torch.bfloat16
-BARE = {"num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0, "min_sparse_tokens": 300}
+BARE = {
+    "num_sink_blocks": 0, "num_window_blocks": 1, "num_dense_tail_blocks": 0, "min_sparse_tokens": 300,
+    "min_append_tokens": 0,
+}  # fmt: skip
 EXACT = FlashPrefillConfig(alpha=0.0, **BARE)
 SPARSE = FlashPrefillConfig(alpha=0.4, **{**BARE, "num_dense_tail_blocks": 1})
 

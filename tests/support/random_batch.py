@@ -11,7 +11,7 @@ from tests.support.vllm_side import MAX_TOKENS, Shape
 from vllm_flashprefill.config import FlashPrefillConfig
 
 # Compiled into the kernels, so the same for all batches.
-KEPT = {"num_sink_blocks": 0, "num_window_blocks": 1}
+KEPT = {"num_sink_blocks": 0, "num_window_blocks": 1, "min_append_tokens": 0}
 EDGES = (1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 255, 256, 257, 384, 385, 511, 512, 513, 640)
 KINDS = {
     "decode": 0.18,

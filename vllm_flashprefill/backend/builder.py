@@ -63,6 +63,8 @@ class FlashPrefillBuilderMixin:
     """
 
     _plans = True
+    # Query heads of its layers where short appends are dearer than others, as of `plan_step`.
+    append_heads: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -172,7 +174,9 @@ class FlashPrefillBuilderMixin:
             computed = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
             prompt_lens = prompt_lengths(computed, first_request(common))
         try:
-            plan = plan_step(query_start_loc, seq_lens, self.flashprefill_config, prompt_lens, is_prefilling)
+            plan = plan_step(
+                query_start_loc, seq_lens, self.flashprefill_config, prompt_lens, is_prefilling, self.append_heads
+            )
         except ValueError:
             # A dummy batch (an idle data-parallel rank's) need not describe requests.
             return None

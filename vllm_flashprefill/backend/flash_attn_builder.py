@@ -25,6 +25,7 @@ class FlashAttnBuilderMixin(FlashPrefillBuilderMixin):
     """
 
     def prepare_layers(self) -> None:
+        self.append_heads = max((layer.impl.num_heads for layer in self.own_layers()), default=None)
         for layer in self.own_layers():
             if has_e4m3_cache(layer.impl) and not layer.impl.never_sparse():
                 _say_scales(layer)

@@ -216,7 +216,8 @@ def _num_queries(config: FlashPrefillConfig) -> int:
 
 
 def _all_kept(config: FlashPrefillConfig) -> FlashPrefillConfig:
-    return dataclasses.replace(config, alpha=0.0, min_sparse_tokens=0, num_dense_tail_blocks=0, num_dense_layers=0)
+    none = dict.fromkeys(("min_sparse_tokens", "min_append_tokens", "num_dense_tail_blocks", "num_dense_layers"), 0)
+    return dataclasses.replace(config, alpha=0.0, **none)
 
 
 def _page_size(builder: Any) -> int:
