@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tools import plot
 from tools.plot import GPU
-from tools.rows import RESULTS, Row, kernel_rows, length_name, newest, read_rows, ttft_rows
+from tools.rows import RESULTS, Row, append_rows, kernel_rows, length_name, newest, read_rows, ttft_rows
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"(?<=<!-- rows: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
@@ -278,8 +278,12 @@ FIRST_ESTIMATES = {
 }
 
 
+# Of results/accuracy.csv, model and setting of what the front page puts before that.
+DEFAULT_JUDGED = "Qwen2.5-Coder-1.5B-Instruct", "alpha 0.06"
+
+
 def estimates_short() -> str:
-    """A few of `estimates`: all tasks together."""
+    """What the kernels' answers are, then a few of `estimates`: all tasks together."""
     rows = read_rows(
         RESULTS / "estimates.csv", task="multi-fact", commit=read_rows(RESULTS / "estimates.csv")[-1]["commit"]
     )
@@ -288,6 +292,12 @@ def estimates_short() -> str:
     for rule, name in FIRST_ESTIMATES.items():
         _, _, _, kept, score, changed, *_ = estimate_line({"multi-fact": found[rule]}, [])
         lines.append([name, kept, points(found[rule]["dense"]), score, changed])
+    judged = read_rows(RESULTS / "accuracy.csv", task="multi-fact", setting=DEFAULT_JUDGED[1])
+    for row in [row for row in judged if row["model"] == DEFAULT_JUDGED[0]][-1:]:
+        score, changed = change(row).removesuffix(" %").split(": ")
+        changed, kept = changed.split(" at ")
+        name = f"the default, by the kernels, {row['n']} other prompts"
+        lines.insert(0, [name, f"{kept} %", points(row["dense"]), score, changed])
     return table("a block is scored by | density | dense | sparse | change, 95 % interval", lines)
 
 
@@ -327,7 +337,22 @@ def versions() -> str:
     )
 
 
+def appends() -> str:
+    """New tokens over cached ones: the default backend, FlashPrefill, no attention; and how many times as fast."""
+    rows = append_rows(RESULTS / "vllm.csv")
+    cached = sorted({int(row["cached"]) for row in rows})
+
+    def cell(row: Row) -> str:
+        times = " / ".join(milliseconds(row[name]) for name in ("default_ms", "flash_ms", "bound_ms"))
+        return f"{times}: **{float(row['speedup']):.2f}**"
+
+    by_tokens = itertools.groupby(rows, key=lambda row: row["tokens"])
+    lines = [[f"{int(tokens):,}", *map(cell, found)] for tokens, found in by_tokens]
+    return table(" | ".join(["new tokens", *(f"{n // 1024}K cached" for n in cached)]), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "appends": appends,
     "versions": versions,
     "kernels-short": kernels_short,
     "kernels": kernels_whole,

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.rows import RESULTS, Row, kernel_rows, length_name, ttft_rows
+from tools.rows import RESULTS, Row, append_rows, kernel_rows, length_name, ttft_rows
 
 GPU = "NVIDIA H100 80GB HBM3"
 # Of the rows with pieces.
@@ -70,7 +70,27 @@ def draw_ttft(axes, chunks: dict[int, list[Row]]) -> None:
     axes.legend(fontsize=8)
 
 
+def draw_appends(axes, rows: list[Row]) -> None:
+    """Dotted: with attention left out altogether."""
+    for color, cached in enumerate(sorted({int(row["cached"]) for row in rows})):
+        found = [row for row in rows if int(row["cached"]) == cached]
+        tokens = [int(row["tokens"]) for row in found]
+        best = [float(row["default_ms"]) / float(row["bound_ms"]) for row in found]
+        label = f"over {length_name(cached)} cached"
+        axes.plot(tokens, [float(row["speedup"]) for row in found], marker="o", color=f"C{color}", label=label)
+        axes.plot(tokens, best, linestyle=":", color=f"C{color}")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [length_name(n) for n in tokens])
+    axes.set_xlabel("new tokens")
+    axes.set_ylabel("TTFT, default backend's over FlashPrefill's")
+    row = rows[0]
+    axes.set_title(f"{row['model']}: {row['gpu']}, vLLM {row['vllm']}, published densities imposed", fontsize=10)
+    axes.legend(fontsize=8)
+
+
 PLOTS = {
+    "docs/appends.png": (draw_appends, lambda: append_rows(RESULTS / "vllm.csv")),
     "docs/kernels.png": (draw_kernels, lambda: kernel_rows(RESULTS / "kernels.csv", KERNELS_GPU)),
     "docs/ttft.png": (draw_ttft, lambda: ttft_rows(RESULTS / "vllm.csv", GPU, "0.24.0", "llama-8b, 32 layers")),
 }

@@ -72,5 +72,12 @@ def ttft_rows(
     return chunks
 
 
+def append_rows(path: Path) -> list[Row]:
+    """The newest row of each number of new and cached tokens whose check passed, of one GPU, vLLM and model."""
+    rows = read_rows(path, case="append", check="passed")
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("gpu", "vllm", "model", "chunk"))]
+    return newest(rows, "tokens", "cached")
+
+
 def length_name(tokens: int) -> str:
     return str(tokens) if tokens < 1024 else f"{tokens / 1024:g}K"
