@@ -234,9 +234,14 @@ def change(row: Row | None) -> str:
     if row is None:
         return ""
     digits, unit = (2, " %") if row["task"] == "perplexity" else (1, "")
-    moved, low, high = (f"{float(row[name]):+.{digits}f}" for name in ("change", "low", "high"))
     kept = f"{100 * float(row['density']):.1f} %" if row["density"] else "dense"
-    return f"{score(row['task'], row['sparse'])}: {moved}{unit} ({low} to {high}) at {kept}"
+    return f"{score(row['task'], row['sparse'])}: {interval(row, digits, unit)} at {kept}"
+
+
+def interval(row: Row, digits: int = 1, unit: str = "") -> str:
+    """A change with its interval."""
+    moved, low, high = (f"{float(row[name]):+.{digits}f}" for name in ("change", "low", "high"))
+    return f"{moved}{unit} ({low} to {high})"
 
 
 ESTIMATES = {
@@ -279,7 +284,7 @@ FIRST_ESTIMATES = {
 
 
 # Of results/accuracy.csv, model and setting of what the front page puts before that.
-DEFAULT_JUDGED = "Qwen2.5-Coder-1.5B-Instruct", "alpha 0.06"
+DEFAULT_JUDGED = {"model": "Qwen2.5-Coder-1.5B-Instruct", "setting": "alpha 0.06"}
 
 
 def estimates_short() -> str:
@@ -292,26 +297,22 @@ def estimates_short() -> str:
     for rule, name in FIRST_ESTIMATES.items():
         _, _, _, kept, score, changed, *_ = estimate_line({"multi-fact": found[rule]}, [])
         lines.append([name, kept, points(found[rule]["dense"]), score, changed])
-    judged = read_rows(RESULTS / "accuracy.csv", task="multi-fact", setting=DEFAULT_JUDGED[1])
-    for row in [row for row in judged if row["model"] == DEFAULT_JUDGED[0]][-1:]:
-        score, changed = change(row).removesuffix(" %").split(": ")
-        changed, kept = changed.split(" at ")
-        name = f"the default, by the kernels, {row['n']} other prompts"
-        lines.insert(0, [name, f"{kept} %", points(row["dense"]), score, changed])
+    for row in read_rows(RESULTS / "accuracy.csv", task="multi-fact", **DEFAULT_JUDGED)[-1:]:
+        name, kept = f"the default, by the kernels, {row['n']} other prompts", f"{100 * float(row['density']):.1f} %"
+        lines.insert(0, [name, kept, points(row["dense"]), points(row["sparse"]), interval(row)])
     return table("a block is scored by | density | dense | sparse | change, 95 % interval", lines)
 
 
 def estimate_line(by_task: dict[str, Row], tasks: Iterable[str]) -> list[str]:
     row = by_task["multi-fact"]
     name, size = re.fullmatch(r"(\D+)(\d*)", row["estimate"]).groups()
-    change, low, high = (f"{float(row[number]):+.1f}" for number in ("change", "low", "high"))
     return [
         ESTIMATES[name].format(size) + RULES[row["rule"]],
         row["rows"],
         row["candidates"] or "all",
         f"{100 * float(row['density']):.1f} %",
         points(row["sparse"]),
-        f"{change} ({low} to {high})",
+        interval(row),
         *(points(by_task[task]["sparse"]) for task in tasks),
     ]
 

@@ -23,7 +23,7 @@ from vllm_flashprefill.kernels import columns
 from vllm_flashprefill.kernels.configs import SelectConfig, num_select_programs, select_config
 from vllm_flashprefill.kernels.fp8 import from_e4m3, has_e4m3_instruction, load_scale, scale_stride
 from vllm_flashprefill.kernels.launch import launch_kernel
-from vllm_flashprefill.kernels.parts import Parts
+from vllm_flashprefill.kernels.parts import Parts, split_list
 from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
@@ -109,27 +109,6 @@ def _score_pieces(
         at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
         tl.store(scores_row_ptr + at, score)
     return tl.max(largest, axis=0)
-
-
-@triton.jit
-def _split_list(pair, count, counters_ptr, parts_ptr, max_parts, part_tiles):
-    """Rows for the parts of a pair's list, if it is long and there is room for them, and the first one's number."""
-    num_parts = (count + part_tiles // 2) // part_tiles
-    first_part = -1
-    if num_parts > 1:
-        part_tiles = tl.cdiv(count, num_parts)
-        num_parts = tl.cdiv(count, part_tiles)
-        first_part = tl.atomic_add(counters_ptr + columns.NUM_PARTS, num_parts, sem="relaxed")
-        fits = first_part + num_parts <= max_parts
-        for start in range(0, num_parts, 32):
-            parts = start + tl.arange(0, 32)
-            mask_parts = (parts < num_parts) & (first_part + parts < max_parts)
-            row_ptrs = parts_ptr + (first_part + parts) * columns.PART_COLUMNS
-            tl.store(row_ptrs + columns.PAIR, tl.where(fits, pair, -1), mask=mask_parts)
-            tl.store(row_ptrs + columns.FIRST_TILE, parts * part_tiles, mask=mask_parts)
-            tl.store(row_ptrs + columns.NUM_TILES, tl.minimum(count - parts * part_tiles, part_tiles), mask=mask_parts)
-        first_part = tl.where(fits, first_part, -1)
-    tl.store(parts_ptr + max_parts * columns.PART_COLUMNS + pair, first_part)
 
 
 @triton.jit
@@ -234,7 +213,7 @@ def _select_pair(
     if block_counts_ptr is not None:
         tl.atomic_add(block_counts_ptr, count.to(tl.int64), sem="relaxed")
     if parts_ptr is not None:
-        _split_list(work, count, counters_ptr, parts_ptr, max_parts, part_tiles)
+        split_list(work, count, counters_ptr, parts_ptr, max_parts, part_tiles)
     # The next pair writes over these scores.
     tl.debug_barrier()
 

@@ -54,8 +54,29 @@ def part_scratch(q: torch.Tensor, schedule: Schedule, workspace: Workspace | Non
     return Parts(rows, empty((most * BLOCK_SIZE * (q.shape[3] + 1),), torch.float32), most)
 
 
+@triton.jit
+def split_list(pair, count, counters_ptr, parts_ptr, max_parts, part_tiles):
+    """Rows for the parts of a pair's list, if it is long and there is room for them, and the first one's number."""
+    num_parts = (count + part_tiles // 2) // part_tiles
+    first_part = -1
+    if num_parts > 1:
+        part_tiles = tl.cdiv(count, num_parts)
+        num_parts = tl.cdiv(count, part_tiles)
+        first_part = tl.atomic_add(counters_ptr + columns.NUM_PARTS, num_parts, sem="relaxed")
+        fits = first_part + num_parts <= max_parts
+        for start in range(0, num_parts, 32):
+            parts = start + tl.arange(0, 32)
+            mask_parts = (parts < num_parts) & (first_part + parts < max_parts)
+            row_ptrs = parts_ptr + (first_part + parts) * columns.PART_COLUMNS
+            tl.store(row_ptrs + columns.PAIR, tl.where(fits, pair, -1), mask=mask_parts)
+            tl.store(row_ptrs + columns.FIRST_TILE, parts * part_tiles, mask=mask_parts)
+            tl.store(row_ptrs + columns.NUM_TILES, tl.minimum(count - parts * part_tiles, part_tiles), mask=mask_parts)
+        first_part = tl.where(fits, first_part, -1)
+    tl.store(parts_ptr + max_parts * columns.PART_COLUMNS + pair, first_part)
+
+
 def split_list_ref(count: int, part_tiles: int) -> list[tuple[int, int]]:
-    """(first tile, tiles) of each part that `block_select` makes of a list of so many blocks; none if it is whole."""
+    """(first tile, tiles) of each part that `split_list` makes of a list of so many blocks; none if it stays whole."""
     num_parts = (count + part_tiles // 2) // part_tiles
     if num_parts < 2:
         return []

@@ -322,20 +322,13 @@ def _launch(
     )
     if launch.gluon:
         constants["SPLIT"] = parts is not None
+        arguments = most_parts, as_matrix(q), as_matrix(k), tables, scale, sinks
         if not kv.fp8:
-            matrices = as_matrix(q), as_matrix(k)
-            hopper.sparse_attention_hopper(q, kv, out, slab, most_parts, *matrices, tables, scale, sinks, **constants)
-            return
-        if value_tiles is None:
-            matrices = as_matrix(q), as_matrix(k)
-            hopper_e4m3.sparse_attention_hopper_e4m3(
-                q, kv, out, slab, most_parts, *matrices, tables, scale, sinks, q_scale, **constants
-            )
-            return
-        matrices = as_matrix(q), as_matrix(k)
-        hopper_fp8.sparse_attention_hopper_fp8(
-            q, kv, value_tiles, out, slab, most_parts, *matrices, tables, scale, sinks, q_scale, **constants
-        )
+            hopper.sparse_attention_hopper(q, kv, out, slab, *arguments, **constants)
+        elif value_tiles is None:
+            hopper_e4m3.sparse_attention_hopper_e4m3(q, kv, out, slab, *arguments, q_scale, **constants)
+        else:
+            hopper_fp8.sparse_attention_hopper_fp8(q, kv, value_tiles, out, slab, *arguments, q_scale, **constants)
         return
     matrix = as_matrix(k) if launch.tma else None
     tile = launch.block_n, head_size
