@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support import MODEL, ROOT
 from tests.support.jobs import run_job
@@ -19,6 +20,10 @@ MAX_TOKENS = 16
 ALPHA_0 = {"alpha": 0.0, "min_sparse_tokens": 300, "min_append_tokens": 0}
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="vLLM's FlashAttention reads fp8 caches from Hopper on",
+)
 needs_model = pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL} is not there; scripts/fetch_model.py fetches it")
 
 
@@ -53,7 +58,7 @@ def measures_free_memory():
     return "kv_cache_memory_bytes" not in {field.name for field in dataclasses.fields(EngineArgs)}
 
 
-def run(folder, prompts, chunk, options):
+def run(folder, prompts, chunk, options, cache_dtype="auto"):
     engine = dict(
         model=str(MODEL),
         hf_overrides={"max_position_embeddings": 65_536},
@@ -62,6 +67,7 @@ def run(folder, prompts, chunk, options):
         max_num_seqs=16,
         enable_prefix_caching=True,
         max_logprobs=5,
+        kv_cache_dtype=cache_dtype,
     )
     if measures_free_memory():
         # A page of 16 tokens of SmolLM2-135M takes 360 KiB.
@@ -82,6 +88,18 @@ def run(folder, prompts, chunk, options):
     }  # fmt: skip
     result, _ = run_job("gpu_engine_job", job, environment, timeout=500)
     return result
+
+
+def run_all(folder, prompts, runs):
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return dict(zip(runs, pool.map(lambda name: run(folder, prompts, *runs[name]), runs), strict=True))
+
+
+def check_counts(flash):
+    counted = flash["stats"]
+    assert sum(answer["cached"] for answer in flash["answers"]) > 0, "no prefix was found in the cache"
+    assert counted["kept_blocks"] == counted["visible_blocks"] > 0
+    assert counted["sparse_tokens"] > 10 * counted["dense_tokens"]["short_prompt"]
 
 
 def compare(ours, theirs):
@@ -110,8 +128,7 @@ def test_alpha_0_gives_the_default_backends_tokens(tmp_path):
     runs = {
         f"{who} {chunk}": (chunk, o) for chunk in (2048, 8192) for who, o in (("default", None), ("flash", ALPHA_0))
     }
-    with ThreadPoolExecutor(len(runs)) as pool:
-        results = dict(zip(runs, pool.map(lambda n: run(tmp_path, prompts, *runs[n]), runs), strict=True))
+    results = run_all(tmp_path, prompts, runs)
 
     # What chunking alone changes in vLLM's own results is the noise.
     noise = compare(results["default 2048"], results["default 8192"])
@@ -119,13 +136,39 @@ def test_alpha_0_gives_the_default_backends_tokens(tmp_path):
     for chunk in (2048, 8192):
         flash, default = results[f"flash {chunk}"], results[f"default {chunk}"]
         differing, gap, difference = compare(flash, default)
-        counted = flash["stats"]
-        print(
-            f"chunks of {chunk}: {differing} of {len(prompts)} differ, gap {gap:.3f}, mean {difference:.4f}; {counted}"
-        )
-        assert sum(answer["cached"] for answer in flash["answers"]) > 0, "no prefix was found in the cache"
-        assert counted["kept_blocks"] == counted["visible_blocks"] > 0
-        assert counted["sparse_tokens"] > 10 * counted["dense_tokens"]["short_prompt"]
+        print(f"chunks of {chunk}: {differing} of {NUM_REQUESTS} differ, gap {gap:.3f}, mean {difference:.4f}")
+        print(flash["stats"])
+        check_counts(flash)
         assert difference <= 1.5 * noise[2] + 1e-3
         assert differing <= 1.5 * noise[0] + 2
         assert gap <= 1.5 * noise[1] + 0.1
+
+
+@needs_vllm
+@needs_model
+@needs_hopper
+def test_alpha_0_over_an_fp8_cache_is_nearer_to_vllms_own_than_that_is_to_16_bits(tmp_path):
+    """vLLM rounds queries and probabilities to e4m3 too, the kernels do not."""
+    prompts = make_requests()
+    results = run_all(
+        tmp_path,
+        prompts,
+        {
+            "16 bits": (8192, None),
+            "default": (8192, None, "fp8"),
+            "flash 2048": (2048, ALPHA_0, "fp8"),
+            "flash 8192": (8192, ALPHA_0, "fp8"),
+        },
+    )
+    rounding = compare(results["default"], results["16 bits"])
+    print(f"an fp8 cache and 16 bits: {rounding}")
+    for chunk in (2048, 8192):
+        flash = results[f"flash {chunk}"]
+        differing, gap, difference = compare(flash, results["default"])
+        print(f"chunks of {chunk}: {differing} of {NUM_REQUESTS} differ, gap {gap:.3f}, mean {difference:.4f}")
+        print(flash["stats"])
+        check_counts(flash)
+        assert set(flash["stats"]["dense_tokens"]) <= {"decode", "short_prompt", "nothing_to_prune"}
+        assert difference <= rounding[2]
+        assert differing <= rounding[0]
+        assert gap <= rounding[1] + 0.1
