@@ -22,7 +22,7 @@ def scores(chunk, text, **arguments):
     return block_scores(chunk, Rule.parse(text), **arguments)
 
 
-@pytest.mark.parametrize("how", ["128.pub", "128.share", "16.pub"])
+@pytest.mark.parametrize("how", ["128.pub", "128.share", "128.most", "16.pub"])
 def test_pieces_of_one_key_and_as_many_clusters_as_keys_are_exact(how):
     _, _, chunk = make_chunk(180, 200)
     expected = scores(chunk, f"exact.{how}")
@@ -128,7 +128,7 @@ def test_heads_learn_what_a_score_is_worth():
 
 
 @pytest.mark.parametrize(
-    "text", ["exact", "exact.128", "p.128.pub", "p3.128.pub", "p8.48.pub", "p8.0.pub", "exact8.128.pub", "p8.128.most",
+    "text", ["exact", "exact.128", "p.128.pub", "p3.128.pub", "p8.48.pub", "p8.0.pub", "exact8.128.pub", "p8.128.mean",
              "mean.128.pub", "out128.128.pub", "published.share"],
 )  # fmt: skip
 def test_what_is_no_rule_is_refused(text):
