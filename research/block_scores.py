@@ -8,7 +8,7 @@ KEYS    what is looked at of a block: `exact` every key; `pN` the mean key of ea
 ROWS    rows of the query block's 128 that are looked at, the last of each 128 / ROWS.
 HOW     `pub` as published: the sum over rows, as a fraction of the largest block's. `max`: the largest logit of the
         block's keys and the rows in its place. `share`: the mean over rows of the share that the block has of the row's
-        sum; `most`: the largest of these shares.
+        sum; `most`: the largest of these shares. `row`: the largest over rows of a block's fraction of the row's best.
 cNN     only blocks whose published score is at least 0.NN of the best one's.
 mNN     only the NN % of the blocks whose mean key has the largest logit with any row.
 
@@ -51,7 +51,7 @@ class Rule:
         """Raises ValueError for what is no rule."""
         if text in ("published", "published.head"):
             return cls("published", how="head" if text.endswith("head") else "pub")
-        found = re.fullmatch(r"([a-z]+)(\d*)\.(\d+)\.(pub|max|share|most)(?:\.([cm])(\d+))?", text)
+        found = re.fullmatch(r"([a-z]+)(\d*)\.(\d+)\.(pub|max|share|most|row)(?:\.([cm])(\d+))?", text)
         if not found or found[1] not in ESTIMATES:
             raise ValueError(f"no rule: {text}")
         few = {"c": "candidates", "m": "candidate_share"}
@@ -287,6 +287,8 @@ def block_scores(
         return fraction(logits.amax(dim=2))
     if rule.how == "share":
         return shares(logits).logsumexp(dim=2) - math.log(rule.rows)
+    if rule.how == "row":
+        return fraction(logits).amax(dim=2)
     if rule.how == "most":
         return shares(logits).amax(dim=2)
     return fraction(logits.logsumexp(dim=2))

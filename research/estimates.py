@@ -40,8 +40,9 @@ PUBLISHED = Rule("published")
 class Selector:
     """Selects by a rule in place of the package, and keeps in `heads` what `published.head` needs.
 
-    Takes the place of two names of `kernels.pipeline`: `block_mean`, which is called with each layer's keys, and
-    `block_select`. `see`, if set, is called with each chunk, its layer and its blocks that only a score can keep.
+    Takes the place of two names of `kernels.pipeline`, `block_mean`, which is called with each layer's keys, and
+    `block_select`, and of `schedule.tiles_of_a_part`. `see`, if set, is called with each chunk, its layer and its
+    blocks that only a score can keep.
     """
 
     def __init__(self) -> None:
@@ -50,8 +51,10 @@ class Selector:
         self.see: Callable[[Chunk, int, torch.Tensor], None] | None = None
 
     def install(self) -> None:
-        from vllm_flashprefill.kernels import pipeline
+        from vllm_flashprefill.kernels import pipeline, schedule
 
+        # The package's selection says of each list where its parts are; these lists are walked whole.
+        schedule.tiles_of_a_part = lambda *_: 0
         self.block_mean = pipeline.block_mean
         pipeline.block_mean, pipeline.block_select = self._block_mean, self._block_select
 

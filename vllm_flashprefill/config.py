@@ -22,6 +22,7 @@ from typing import Any
 
 BLOCK_SIZE = 128
 PIECE_SIZES = (0, 4, 8, 16, 32, 64)
+PIECE_SCORES = ("sum", "row")
 COMPUTE_DTYPES = ("auto", "fp8")
 # From this length on, pieces of 8 keys would take more than 128 MiB of a GPU that holds 8 KV heads of 128.
 LONG_SEQUENCE = 512 * 1024
@@ -79,6 +80,9 @@ class FlashPrefillConfig:
         num_dense_layers: this many first layers of the model stay dense.
         piece_size: keys of the pieces by whose mean keys a block is scored; 4, 8, 16, 32 or 64. 0: by the mean key of
             the whole block, as published, which loses facts.
+        piece_score: what a block's score is, with pieces. "sum": the sum over the rows of the query block, as published
+            for whole blocks, so that rows with large logits have the say. "row": the largest of the rows' scores, each
+            a fraction of that row's best block, so that each row keeps what it looks at; alpha is then that fraction.
         candidate_alpha: with pieces, only blocks that the published score puts at this fraction of the best block's are
             looked at; in [0, 1]. 0 looks at every block.
         max_density: in vLLM, a layer that was seen to keep more than this share of its key blocks is dense for a while;
@@ -96,6 +100,7 @@ class FlashPrefillConfig:
     min_append_tokens: int = 2048
     num_dense_layers: int = 0
     piece_size: int = 8
+    piece_score: str = "sum"
     candidate_alpha: float = 0.01
     max_density: float = 0.8
     compute_dtype: str = "auto"
@@ -113,6 +118,10 @@ class FlashPrefillConfig:
             raise ValueError(f"flashprefill: block_size must be {BLOCK_SIZE}, not {self.block_size}")
         if self.piece_size not in PIECE_SIZES:
             raise ValueError(f"flashprefill: piece_size must be one of {PIECE_SIZES}, not {self.piece_size}")
+        if self.piece_score not in PIECE_SCORES:
+            raise ValueError(f"flashprefill: piece_score must be one of {PIECE_SCORES}, not {self.piece_score!r}")
+        if self.piece_score == "row" and not self.piece_size:
+            raise ValueError('flashprefill: piece_score "row" needs pieces, and piece_size is 0')
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(f"flashprefill: compute_dtype must be one of {COMPUTE_DTYPES}, not {self.compute_dtype!r}")
 
@@ -183,7 +192,7 @@ _INTEGER_OPTIONS = {
     "piece_size": 0,
 }
 # Those of the others that are no numbers.
-TEXT_OPTIONS = ("compute_dtype",)
+TEXT_OPTIONS = ("piece_score", "compute_dtype")
 DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/scores.md)"}
 OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
 # All environment variables that mean something here.

@@ -78,7 +78,9 @@ def piece_score_ref(
 
     Candidates are the key blocks before the query block's own whose sum over its rows of exp(s[row, block]), s with
     the block's mean key, is at least `candidate_alpha` of the largest one. A candidate's score is the sum over rows and
-    over its pieces of exp(s[row, piece] - m), s with the piece's mean key and m the largest of the candidates'.
+    over its pieces of exp(s[row, piece] - m), s with the piece's mean key and m the largest of the candidates'. With
+    `piece_score` "row" it is the largest over rows of the sum over its pieces of exp(s[row, piece]), as a fraction of
+    the largest such sum that the row has.
 
     Args:
         q: [T, H, D], queries of this chunk. k: [S, G, D], keys of the whole sequence so far.
@@ -106,7 +108,11 @@ def piece_score_ref(
             )
             s = (softmax_scale * (rows @ pieces[:, :, : own * num_pieces])).unflatten(2, (own, num_pieces))
             s = s.masked_fill((coarse < least)[:, None, :, None], -torch.inf)
-            score[:, :own] = (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))
+            if config.piece_score == "row":
+                mass = s.logsumexp(dim=3)
+                score[:, :own] = (mass - mass.amax(dim=2, keepdim=True)).exp().amax(dim=1)
+            else:
+                score[:, :own] = (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))
         scores.append(score)
     return torch.stack(scores, dim=1)
 

@@ -12,6 +12,7 @@ from tests.support.plain_cases import SCALE, request_strategy, tensors
 from tests.support.request import paged
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill_varlen
+from vllm_flashprefill.config import PIECE_SCORES
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.reference import (
@@ -128,6 +129,40 @@ def test_pieces_of_equal_keys_score_exact_masses(context_len):
             torch.testing.assert_close(share / share.sum(), mass / mass.sum(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("context_len", [0, 301])
+def test_pieces_of_equal_keys_score_each_row_by_its_own_best_block(context_len):
+    seq_len = context_len + 500
+    q, k, _ = tensors(500, seq_len, heads=2, kv_heads=1)
+    k = alike_in_pieces(k, 4)
+    config = FlashPrefillConfig(piece_size=4, candidate_alpha=0.0, piece_score="row")
+    score = piece_score_ref(q, k, context_len=context_len, config=config, softmax_scale=SCALE)
+    for index in range(score.shape[1]):
+        own = context_len // 128 + index
+        assert (score[:, index, own:] == 0).all()
+        rows = torch.arange(max(context_len, own * 128), min(seq_len, (own + 1) * 128)) - context_len
+        for head in range(2 if own else 0):
+            logits = SCALE * q[rows, head].double() @ k[: own * 128, 0].double().T
+            mass = logits.exp().unflatten(1, (own, 128)).sum(dim=2)
+            expected = (mass / mass.amax(dim=1, keepdim=True)).amax(dim=0)
+            torch.testing.assert_close(score[head, index, :own].double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_row_keeps_by_row_what_the_others_outweigh():
+    q, k, _ = tensors(1400, 1400, heads=1, kv_heads=1)
+    # Every row but one has large logits with block 1, that one only with block 5.
+    direction = torch.nn.functional.normalize(q[0, 0], dim=0)
+    k[128:256, 0] += 40 * direction
+    q[1024:1152, 0] += 8 * direction
+    q[1100, 0] -= 8 * direction
+    k[640:648, 0] += 3 * q[1100, 0]
+    arguments = dict(context_len=0, softmax_scale=SCALE)
+    config = FlashPrefillConfig(candidate_alpha=0.0)
+    by_sum = piece_score_ref(q, k, config=config, **arguments)[0, 8]
+    by_row = piece_score_ref(q, k, config=dataclasses.replace(config, piece_score="row"), **arguments)[0, 8]
+    assert by_sum[5] < 0.01 * by_sum[1]
+    assert by_row[1] == by_row[5] == 1
+
+
 def test_one_strong_key_shows_in_its_piece_and_not_in_the_mean_of_its_block():
     q, k, _ = tensors(1400, 1400, heads=1, kv_heads=1)
     k[300, 0] += 22 * q[1100, 0]
@@ -174,12 +209,16 @@ def test_candidate_alpha_0_looks_at_every_block():
 
 def test_piece_scores_survive_logits_no_exponential_can_hold():
     q, k, _ = tensors(700, 700)
-    score = piece_score_ref(100 * q, k, context_len=0, config=FlashPrefillConfig(), softmax_scale=1.0)
-    assert torch.isfinite(score).all()
-    assert (score[:, 1:].amax(dim=-1) >= 1).all()
+    for piece_score in PIECE_SCORES:
+        config = FlashPrefillConfig(piece_score=piece_score)
+        score = piece_score_ref(100 * q, k, context_len=0, config=config, softmax_scale=1.0)
+        assert torch.isfinite(score).all()
+        assert (score[:, 1:].amax(dim=-1) >= 1).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"candidate_alpha": 1.0}, {"piece_size": 64}, {"piece_size": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"candidate_alpha": 1.0}, {"piece_size": 64}, {"piece_size": 0}, {"piece_score": "row"}], ids=str
+)
 def test_alpha_0_keeps_everything(options):
     q, k, _ = tensors(1500, 1700)
     config = FlashPrefillConfig(alpha=0.0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0, **options)
@@ -213,7 +252,9 @@ def test_the_dense_tail_is_the_prompts_not_the_chunks():
     assert kept[2560][:, -2:].sum() < 4 * (9 + 10)
 
 
-@pytest.mark.parametrize("options", [{}, {"piece_size": 32, "candidate_alpha": 0.2}, {"piece_size": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"piece_size": 32, "candidate_alpha": 0.2}, {"piece_size": 0}, {"piece_score": "row"}], ids=str
+)
 @pytest.mark.parametrize("chunk", [128, 512, 896])
 def test_aligned_chunks_select_what_one_pass_selects(chunk, options):
     config = FlashPrefillConfig(alpha=0.5, **options)

@@ -62,7 +62,8 @@ def block_select_cpu(
             score = torch.zeros_like(score)
             if len(looked_at):
                 s = logits(some, pieces[:, looked_at].flatten(1, 2).transpose(1, 2))
-                score[:, :, looked_at] = _score(s, candidate[:, :, looked_at])
+                score_pieces = _score_by_row if config.piece_score == "row" else _score
+                score[:, :, looked_at] = score_pieces(s, candidate[:, :, looked_at])
         kept[:, some, :stop] = score >= config.alpha * score.amax(dim=-1, keepdim=True)
     return (kept | always) & (j <= i)
 
@@ -78,3 +79,13 @@ def _score(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     largest = s.amax(dim=2).unflatten(2, pieces).amax(dim=3).masked_fill(~counted, -torch.inf).amax(dim=2, keepdim=True)
     s.sub_(largest[..., None]).exp_()
     return s.sum(dim=2).unflatten(2, pieces).sum(dim=3).masked_fill_(~counted, 0.0)
+
+
+def _score_by_row(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """[H, n, blocks], the largest over rows of a block's sum of exp(s), as a fraction of the row's largest.
+
+    Arguments as of `_score`.
+    """
+    mass = s.unflatten(3, (counted.shape[-1], -1)).logsumexp(dim=4).masked_fill_(~counted[:, :, None], -torch.inf)
+    least = torch.finfo(mass.dtype).min
+    return (mass - mass.amax(dim=3, keepdim=True).clamp(min=least)).exp().amax(dim=2)

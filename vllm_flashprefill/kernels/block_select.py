@@ -5,7 +5,9 @@ scratch that is its own, then compares them with the largest and writes the indi
 is held as log2 E, which has no maximum to subtract: E >= alpha * max E is log2 E >= log2 alpha + max log2 E.
 
 With pieces those are candidates only. Their indices lie in the pair's list for the time being, their pieces are scored
-by the same rows, and the blocks that are kept are written over them. Heads differ many times over in how many
+by the same rows, and the blocks that are kept are written over them. Scores by row are fractions of what each row has
+at most, which is known when all candidates have been seen: the first pass over them drops those that miss alpha of what
+their rows had up to there, the second scores the others. Heads differ many times over in how many
 candidates they have, so a program asks for its next pair when it is done with one. Without pieces every pair of a query
 block takes as long, and they are dealt out beforehand.
 """
@@ -112,14 +114,41 @@ def _score_pieces(
 
 
 @triton.jit
+def _score_pieces_by_row(
+    q, best, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
+    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Scores the listed blocks, each by its largest fraction of what a row of q, [HEAD_SIZE, BLOCK], has at most.
+
+    best: [BLOCK], of each row log2 of its largest sum over the pieces of a block so far; returned with these blocks'.
+    """
+    BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
+    offs_dim = tl.arange(0, HEAD_SIZE)
+    offs_piece = tl.arange(0, BLOCK_PIECES)
+    for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
+        # A place past the end repeats the last.
+        blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
+        offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
+        s = tl.dot(tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :]), q)
+        # [BLOCKS, PIECES, BLOCK]
+        s = tl.reshape(s * scale, [BLOCKS, PIECES, q.shape[1]])
+        top = tl.max(s, axis=1)
+        mass = top + tl.log2(tl.sum(tl.exp2(s - top[:, None, :]), axis=1))
+        best = tl.maximum(best, tl.max(mass, axis=0))
+        at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
+        tl.store(scores_row_ptr + at, tl.max(mass - best[None, :], axis=1))
+    return best
+
+
+@triton.jit
 def _select_pair(
     work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr, block_counts_ptr,
     counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale, log2_alpha, log2_candidate,
     stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_LIST: tl.constexpr, NUM_SINK_BLOCKS: tl.constexpr, NUM_WINDOW_BLOCKS: tl.constexpr, PIECES: tl.constexpr,
-    BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr, ONE_LOOP: tl.constexpr,
-    FP8_NATIVE: tl.constexpr,
+    BY_ROW: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr,
+    ONE_LOOP: tl.constexpr, FP8_NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The kept blocks of one (query block, head) pair."""
     offs_dim = tl.arange(0, HEAD_SIZE)
@@ -166,8 +195,22 @@ def _select_pair(
             )
             tl.debug_barrier()
             piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
+            if BY_ROW:
+                best = _score_pieces_by_row(
+                    q, tl.full([BLOCK], float("-inf"), dtype=tl.float32), piece_row_ptr, scores_row_ptr,
+                    lists_ptr + list_start, num_candidates, scale, PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+                )  # fmt: skip
+                tl.debug_barrier()
+                num_candidates = _write_candidates(
+                    scores_row_ptr, lists_ptr + list_start, query_block, log2_alpha, BLOCK_LIST
+                )
+                tl.debug_barrier()
+                _score_pieces_by_row(
+                    q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
+                    PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+                )  # fmt: skip
             # There are none where no score is a number.
-            if num_candidates > 0:
+            elif num_candidates > 0:
                 threshold += _score_pieces(
                     q, row_weights, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
                     PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
@@ -260,6 +303,7 @@ def _block_select_kernel(
     NUM_SINK_BLOCKS: tl.constexpr,
     NUM_WINDOW_BLOCKS: tl.constexpr,
     PIECES: tl.constexpr,
+    BY_ROW: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PIECE_STAGES: tl.constexpr,
@@ -278,8 +322,8 @@ def _block_select_kernel(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
                 block_counts_ptr, counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale,
                 log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS,
-                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES,
-                NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
+                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BY_ROW,
+                BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
             )  # fmt: skip
             # Every program asks once in vain; the last to ask leaves the counter as it found it.
             asked = tl.atomic_add(counters_ptr + columns.NEXT_WORK, 1, sem="relaxed")
@@ -292,8 +336,8 @@ def _block_select_kernel(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
                 block_counts_ptr, counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale,
                 log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS,
-                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BLOCK_PIECES,
-                NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
+                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BY_ROW,
+                BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
             )  # fmt: skip
 
 
@@ -327,7 +371,7 @@ def block_select(
         counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
             programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with pieces -inf
-            where a block is no candidate.
+            where a block is no candidate, by row where it was dropped by the first pass.
         parts: from `parts.part_scratch`, written: what long lists are split into.
         block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.
@@ -371,6 +415,7 @@ def block_select(
         NUM_SINK_BLOCKS=config.num_sink_blocks,
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         PIECES=0 if pieces is None else pieces.shape[2],
+        BY_ROW=config.piece_score == "row",
         BLOCK_PIECES=launch.block_pieces,
         NUM_STAGES=launch.num_stages,
         PIECE_STAGES=launch.piece_stages,

@@ -42,6 +42,10 @@ GROUPS = {
         "one_kv_head": (0.3, "requests=[Request(800), Request(520)], heads=3, kv_heads=1, dim=128"),
         "alpha_0": (0.0, "page_size=16, requests=[Request(700, 57)]"),
     },
+    "pieces, by row": {
+        "chunks": (0.6, "page_size=16, requests=[Request(300, 640, 128), Request(129, 1023)]"),
+        "best": (1.0, "requests=[Request(1020)], heads=3, kv_heads=1, dim=128"),
+    },
     "parts": {
         "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)], part_tiles=2"),
         "alpha_0": (0.0, "page_size=48, requests=[Request(300, 900)], part_tiles=3, sinks=True, heads=2, kv_heads=1"),
@@ -83,6 +87,7 @@ def run_interpreted(code):
 
 def check_group(group):
     options = ", piece_size=8, candidate_alpha=0.05" if "pieces" in group else ""
+    options += ", piece_score='row'" if "by row" in group else ""
     cases = "\n".join(
         f"print({name!r}, flush=True)\n"
         f"config = sparse_config(alpha={alpha}{options})\n"

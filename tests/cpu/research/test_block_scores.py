@@ -22,7 +22,7 @@ def scores(chunk, text, **arguments):
     return block_scores(chunk, Rule.parse(text), **arguments)
 
 
-@pytest.mark.parametrize("how", ["128.pub", "128.share", "128.most", "16.pub"])
+@pytest.mark.parametrize("how", ["128.pub", "128.share", "128.most", "128.row", "16.pub"])
 def test_pieces_of_one_key_and_as_many_clusters_as_keys_are_exact(how):
     _, _, chunk = make_chunk(180, 200)
     expected = scores(chunk, f"exact.{how}")
@@ -56,12 +56,14 @@ def test_published_is_the_packages_score(lengths):
     torch.testing.assert_close(scores(chunk, "published"), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("how, alpha", [("pub", 0.1), ("row", 0.5)])
 @pytest.mark.parametrize("lengths", CHUNKS)
-def test_pieces_of_8_select_as_the_package(lengths):
+def test_pieces_of_8_select_as_the_package(lengths, how, alpha):
     q, k, chunk = make_chunk(*lengths)
-    config = FlashPrefillConfig(alpha=0.1, piece_size=8, candidate_alpha=0.0)
+    piece_score = "row" if how == "row" else "sum"
+    config = FlashPrefillConfig(alpha=alpha, piece_size=8, candidate_alpha=0.0, piece_score=piece_score)
     score = piece_score_ref(q, k, context_len=chunk.context_len, config=config, softmax_scale=SCALE)
-    found = scores(chunk, "p8.128.pub")
+    found = scores(chunk, f"p8.128.{how}")
     expected = (score / score.amax(dim=-1, keepdim=True).clamp(min=1e-30)).log()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 

@@ -75,7 +75,10 @@ from vllm_flashprefill.reference import flash_prefill_ref
 config = sparse_config(alpha=0.3)
 batch = make_batch(config=config, requests=[Request(700, 57, 200)], page_size=48, heads=2, kv_heads=1)
 selector = Selector()
+long = dict(config=config, requests=[Request(20, 4200)], page_size=256, heads=2, kv_heads=1, part_tiles=None)
+assert any(slab.part_tiles for slab in make_batch(**long).schedule.slabs)
 selector.install()
+assert not any(slab.part_tiles for slab in make_batch(**long).schedule.slabs)
 for rule, threshold, alpha in (("p16.32.pub", -float("inf"), 0.0), ("published", 1.0, 1.0)):
     selector.rule, selector.threshold = Rule.parse(rule), threshold
     out, counts = torch.zeros_like(batch.q), torch.zeros(2, dtype=torch.int64)

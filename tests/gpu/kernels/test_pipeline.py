@@ -24,7 +24,11 @@ SCALE = 0.125
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [0, 16, 48, 128, 256])
-@pytest.mark.parametrize("options", [{}, {"piece_size": 8, "candidate_alpha": 0.05}, {"piece_size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"piece_size": 8, "candidate_alpha": 0.05}, {"piece_size": 16}, {"piece_size": 8, "piece_score": "row"}],
+    ids=str,
+)
 def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
     config = sparse_config(**options)
     requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(1100, 57)]
@@ -213,10 +217,14 @@ def test_slabs_change_nothing():
     assert torch.equal(check_all(batch, config, SCALE), whole)
 
 
-@pytest.mark.parametrize("options", [{}, {"piece_size": 8, "candidate_alpha": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"piece_size": 8, "candidate_alpha": 0.01}, {"piece_size": 8, "piece_score": "row", "alpha": 0.6}],
+    ids=str,
+)
 def test_many_mean_tiles(options):
     """More key blocks than one tile of the list and of the scores."""
-    config = sparse_config(alpha=0.1, **options)
+    config = sparse_config(**{"alpha": 0.1, **options})
     batch = make_batch(
         [Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config
     )
@@ -225,9 +233,10 @@ def test_many_mean_tiles(options):
     print(f"{wrong} of {total} at the threshold")
 
 
+@pytest.mark.parametrize("piece_score", ["sum", "row"])
 @pytest.mark.parametrize("piece_size, candidate_alpha", [(4, 0.0), (4, 0.05), (32, 0.05), (64, 1.0)])
-def test_pieces_of_other_sizes(piece_size, candidate_alpha):
-    config = sparse_config(piece_size=piece_size, candidate_alpha=candidate_alpha)
+def test_pieces_of_other_sizes(piece_size, candidate_alpha, piece_score):
+    config = sparse_config(piece_size=piece_size, candidate_alpha=candidate_alpha, piece_score=piece_score)
     for dim in (64, 128, 256):
         batch = make_batch([Request(1500, 441), Request(2000)], page_size=16, dim=dim, device="cuda", config=config)
         check_all(batch, config, SCALE)
