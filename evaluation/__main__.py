@@ -263,6 +263,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, help="also append the table to this CSV, such as results/accuracy.csv")
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="result (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="also draw the heat map, as PNG")
+    parser.add_argument(
+        "--pool", type=Path, nargs="+", help="only put these results together, of runs alike but for their --seed"
+    )
     parser.add_argument("--draw", type=Path, help="only draw this result, beside it or to --plot")
     options = parser.parse_args()
     if options.data and options.lengths is None:
@@ -298,6 +301,12 @@ def main() -> None:
         from evaluation.heatmap import draw
 
         draw(json.loads(options.draw.read_text()), options.plot or options.draw.with_suffix(".png"))
+        return
+    if options.pool:
+        try:
+            show(report.pool([json.loads(path.read_text()) for path in options.pool]), options)
+        except ValueError as error:
+            sys.exit(f"error: --pool: {error}")
         return
     if options.model == str(MODEL) and not MODEL.exists():
         sys.exit("error: the model is not there yet; run `make demo`, or scripts/fetch_model.py first")
@@ -376,6 +385,17 @@ def main() -> None:
         "predictions": report.prediction_rows(texts, settings),
         "samples": rows,
     }
+    show(result, options)
+    if options.plot:
+        from evaluation.heatmap import draw
+
+        draw(result, options.plot)
+    if not whole:
+        sys.exit("error: ended early; the tables are of the tasks done with both engines, and --resume goes on")
+
+
+def show(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write a result to --out and --rows, and print its tables."""
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{result['model']}, vLLM {result['vllm']}, {result['device']}, {result['dtype']}\n")
     print(report.tables(result))
@@ -386,12 +406,6 @@ def main() -> None:
         for row in report.csv_rows(result):
             if {name: str(value) for name, value in row.items()} not in written:
                 append_row(options.rows, row)
-    if options.plot:
-        from evaluation.heatmap import draw
-
-        draw(result, options.plot)
-    if not whole:
-        sys.exit("error: ended early; the tables are of the tasks done with both engines, and --resume goes on")
 
 
 if __name__ == "__main__":

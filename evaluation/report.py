@@ -129,6 +129,35 @@ def change_rows(rows: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any
     return found
 
 
+def pool(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One result of several with other prompts: the settings that all have, without perplexity.
+
+    Raises:
+        ValueError: they are of other models, engines or commits, or of the same prompts.
+    """
+    run = ("model", "vllm", "torch", "device", "dtype", "commit", "batched_tokens")
+    first = results[0]
+    for name in run:
+        if len({result[name] for result in results}) > 1:
+            raise ValueError(f"{name} differs: {', '.join(str(result[name]) for result in results)}")
+    seeds = [result["seed"] for result in results]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the same seed twice has the same prompts: {', '.join(map(str, seeds))}")
+    names = [name for name in first["settings"] if all(name in result["settings"] for result in results)]
+    rows = [{**row, "group": f"{result['seed']}/{row['group']}"} for result in results for row in result["samples"]]
+    settings = [
+        {"name": name, "counts": [count for result in results for count in result["counts"][name]]} for name in names
+    ]
+    return {
+        **{name: first[name] for name in run},
+        "complete": all(result["complete"] for result in results),
+        "seed": seeds,
+        "changes": change_rows(rows, settings),
+        "predictions": [],
+        "samples": rows,
+    }
+
+
 def _mean_of_means(values: Sequence[tuple[Hashable, Hashable, float]]) -> float:
     strata: dict[Hashable, list[float]] = {}
     for stratum, _, value in values:

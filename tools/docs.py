@@ -186,26 +186,28 @@ def claim() -> str:
 
 
 def accuracy() -> str:
-    """For each model and length the rows of the newest commit: a line for each task, a column for each setting."""
+    """For each model, length and commit: a line for each task and number of prompts, a column for each setting."""
     path = RESULTS / "accuracy.csv"
     rows = read_rows(path) if path.exists() else []
-    places = dict.fromkeys((row["model"], int(row["tokens"])) for row in rows)
-    models = list(dict.fromkeys(model for model, _ in places))
+    places = dict.fromkeys(tuple(row[name] for name in ACCURACY_RUN) for row in rows)
+    models = list(dict.fromkeys(model for model, *_ in places))
+    # Of one model and length the newest first.
+    order = sorted(reversed(places), key=lambda place: (models.index(place[0]), int(place[1])))
     return "\n".join(
-        accuracy_table([row for row in rows if (row["model"], int(row["tokens"])) == place])
-        for place in sorted(places, key=lambda place: (models.index(place[0]), place[1]))
+        accuracy_table([row for row in rows if tuple(row[name] for name in ACCURACY_RUN) == place]) for place in order
     )
 
 
+ACCURACY_RUN = ("model", "tokens", "vllm", "gpu", "commit")
+
+
 def accuracy_table(rows: list[Row]) -> str:
-    run = ("vllm", "gpu", "commit")
-    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in run)]
     # The last of each is the newest. Settings may have had other numbers of prompts.
     newest = {(row["task"], row["n"], row["dense"], row["setting"]): row for row in rows}
     settings = dict.fromkeys(setting for *_, setting in newest)
     lines = sorted(dict.fromkeys(place[:3] for place in newest), key=lambda line: task_place(line[0]))
-    vllm, gpu, commit = (rows[-1][name] for name in run)
-    caption = f"{rows[-1]['model']}, {int(rows[-1]['tokens']):,} tokens, vLLM {vllm}, {gpu}, commit {commit}:\n\n"
+    model, tokens, vllm, gpu, commit = (rows[-1][name] for name in ACCURACY_RUN)
+    caption = f"{model}, {int(tokens):,} tokens, vLLM {vllm}, {gpu}, commit {commit}:\n\n"
     return caption + table(
         " | ".join(["task", "n", "dense", *settings]),
         [
@@ -252,34 +254,58 @@ ESTIMATES = {
     "var": "mean and variance",
     "published": "published score",
 }
-RULES = {"pub": "", "share": ", share of each row", "head": ", by head"}
+RULES = {
+    "pub": "",
+    "row": ", by each row's best",
+    "most": ", largest share of a row",
+    "share": ", share of each row",
+    "head": ", by head",
+}
+
+
+ESTIMATES_RUN = ("model", "tokens", "vllm", "gpu", "commit")
+
+
+def estimate_runs() -> dict[tuple[str, ...], dict[tuple[str, ...], dict[str, Row]]]:
+    """Of each run of results/estimates.csv the rows of each rule by task, the newest of each."""
+    runs: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, Row]]] = {}
+    for row in read_rows(RESULTS / "estimates.csv"):
+        run, rule = (
+            tuple(row[name] for name in names) for names in (ESTIMATES_RUN, ("estimate", "rows", "rule", "candidates"))
+        )
+        runs.setdefault(run, {}).setdefault(rule, {})[row["task"]] = row
+    return runs
 
 
 def estimates() -> str:
-    """The newest rows of each rule, of the newest model and commit, best first: the mean of the tasks, and each."""
-    rows = read_rows(RESULTS / "estimates.csv")
-    run = ("model", "tokens", "gpu", "vllm", "commit")
-    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in run)]
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        rule = tuple(row[name] for name in ("estimate", "rows", "rule", "candidates"))
-        found.setdefault(rule, {})[row["task"]] = row
-    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] != "multi-fact"))
-    best = sorted(found.values(), key=lambda by_task: -float(by_task["multi-fact"]["change"]))
+    """A table of each of `SHOWN_ESTIMATES`, its rules best first: the mean of the tasks, and each."""
+    runs = estimate_runs()
+    return "\n".join(estimates_table(run, runs[run]) for run in runs if run[-1] in SHOWN_ESTIMATES)
+
+
+# Commits of runs, those before had one that is shown instead.
+SHOWN_ESTIMATES = ("45975e5", "b15c57b")
+
+
+def estimates_table(run: tuple[str, ...], rules: dict[tuple[str, ...], dict[str, Row]]) -> str:
+    model, tokens, vllm, gpu, commit = run
+    best = sorted(rules.values(), key=lambda by_task: -float(by_task["multi-fact"]["change"]))
+    tasks = [task for task in best[0] if task != "multi-fact"]
+    n = best[0]["multi-fact"]["n"]
     dense = [points(best[0][task]["dense"]) for task in ("multi-fact", *tasks)]
-    return table(
-        " | ".join(["score of", "rows", "candidates", "density", "four tasks", "change (95 %)", *tasks]),
+    caption = f"{model}, {int(tokens):,} tokens, {n} prompts, vLLM {vllm}, {gpu}, commit {commit}:\n\n"
+    return caption + table(
+        " | ".join(["score of", "rows", "candidates", "density", "all tasks", "change (95 %)", *tasks]),
         [["dense", "", "", "", dense[0], "", *dense[1:]], *(estimate_line(by_task, tasks) for by_task in best)],
     )
 
 
-# What the front page shows of the table above: estimate, rows, rule and candidates, and how it says so.
+# What the front page shows of these tables: commit, estimate, rows, rule and candidates, and how it says so.
 FIRST_ESTIMATES = {
-    ("p8", "128", "pub", ""): "mean keys of 8 neighbours",
-    ("exact", "128", "pub", ""): "every key",
-    ("p16", "128", "pub", ""): "mean keys of 16 neighbours",
-    ("p32", "128", "pub", ""): "mean keys of 32 neighbours",
-    ("published", "128", "head", ""): "one mean key a block, as published, a threshold for each head",
+    ("b15c57b", "p8", "128", "row", "0.01"): "by each row's best, in PyTorch, 64 of these prompts",
+    ("45975e5", "p8", "128", "pub", ""): "by the sum over rows, in PyTorch, without `candidate_alpha`, 80 prompts",
+    ("45975e5", "exact", "128", "pub", ""): "by the sum over rows and every key, in PyTorch, 80 prompts",
+    ("45975e5", "published", "128", "head", ""): "one mean key a block, thresholds by head, in PyTorch, 80 prompts",
 }
 
 
@@ -289,18 +315,16 @@ DEFAULT_JUDGED = {"model": "Qwen2.5-Coder-1.5B-Instruct", "setting": "alpha 0.06
 
 def estimates_short() -> str:
     """What the kernels' answers are, then a few of `estimates`: all tasks together."""
-    rows = read_rows(
-        RESULTS / "estimates.csv", task="multi-fact", commit=read_rows(RESULTS / "estimates.csv")[-1]["commit"]
-    )
-    found = {tuple(row[name] for name in ("estimate", "rows", "rule", "candidates")): row for row in rows}
+    found = {(run[-1], *rule): by_task for run, rules in estimate_runs().items() for rule, by_task in rules.items()}
     lines = []
-    for rule, name in FIRST_ESTIMATES.items():
-        _, _, _, kept, score, changed, *_ = estimate_line({"multi-fact": found[rule]}, [])
-        lines.append([name, kept, points(found[rule]["dense"]), score, changed])
     for row in read_rows(RESULTS / "accuracy.csv", task="multi-fact", **DEFAULT_JUDGED)[-1:]:
-        name, kept = f"the default, by the kernels, {row['n']} other prompts", f"{100 * float(row['density']):.1f} %"
-        lines.insert(0, [name, kept, points(row["dense"]), points(row["sparse"]), interval(row)])
-    return table("a block is scored by | density | dense | sparse | change, 95 % interval", lines)
+        name, kept = f"the default, by the kernels, {row['n']} prompts", f"{100 * float(row['density']):.1f} %"
+        lines.append([name, kept, points(row["dense"]), points(row["sparse"]), interval(row)])
+    for rule, name in FIRST_ESTIMATES.items():
+        row = found[rule]["multi-fact"]
+        _, _, _, kept, score, changed, *_ = estimate_line(found[rule], [])
+        lines.append([name, kept, points(row["dense"]), score, changed])
+    return table("a block is scored | density | dense | sparse | change, 95 % interval", lines)
 
 
 def estimate_line(by_task: dict[str, Row], tasks: Iterable[str]) -> list[str]:

@@ -117,6 +117,41 @@ def test_rows_for_results():
     assert (perplexity["change"], perplexity["low"], perplexity["density"]) == (2.02, 2.02, 0.5)
 
 
+def made_result(seed, answers, **other):
+    """Two prompts of a task, a setting of its own beside the one that all have."""
+    samples = [sample("single", "a", ["1"]), sample("single", "b", ["2"])]
+    names = ("dense", "alpha 0.1", f"alpha 0.{seed}5")
+    settings = [
+        setting(name, texts, tasks=("single",)) for name, texts in zip(names, ("12", answers, "12"), strict=True)
+    ]
+    run = dict.fromkeys(("model", "vllm", "torch", "device", "dtype", "commit", "batched_tokens"), "x")
+    return {
+        **run, "complete": True, "seed": seed, "settings": dict.fromkeys(names),
+        "counts": {each["name"]: each["counts"] for each in settings},
+        "samples": report.sample_rows(samples, settings), **other,
+    }  # fmt: skip
+
+
+def test_runs_of_other_seeds_are_pooled():
+    pooled = report.pool([made_result(1, "12"), made_result(2, "19"), made_result(3, "99")])
+    (line,) = by_task(pooled["changes"]).values()
+    assert (line["task"], line["setting"], line["n"]) == ("single", "alpha 0.1", 6)
+    assert (line["dense"], line["sparse"], line["lower"]) == (100, 50, 3)
+    assert line["low"] < line["change"] < line["high"]
+    assert len({row["group"] for row in pooled["samples"]}) == 6
+    assert (pooled["seed"], pooled["complete"]) == ([1, 2, 3], True)
+    one = by_task(report.pool([made_result(1, "12")])["changes"])
+    assert line["density"] == one["single", "alpha 0.1"]["density"]
+    assert not report.pool([made_result(1, "12"), made_result(2, "12", complete=False)])["complete"]
+
+
+def test_unlike_runs_are_not_pooled():
+    with pytest.raises(ValueError, match="commit differs: x, y"):
+        report.pool([made_result(1, "12"), made_result(2, "12", commit="y")])
+    with pytest.raises(ValueError, match="the same seed twice has the same prompts: 1, 1"):
+        report.pool([made_result(1, "12"), made_result(1, "12")])
+
+
 def test_an_interval_draws_clusters_within_strata():
     # One cluster of each stratum: nothing to draw.
     assert report.interval([(0, "a", 1), (0, "a", 0), (1, "b", 0)]) == (0.25, 0.25)

@@ -42,7 +42,7 @@ def test_a_changed_row_shows(monkeypatch):
     assert not plot.is_current(name, docs.ROOT / name)
 
 
-def test_accuracy_is_of_the_newest_commit_of_each_length(tmp_path, monkeypatch):
+def test_accuracy_has_the_newest_commit_of_each_length_first(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "RESULTS", tmp_path)
     assert docs.accuracy() == ""
 
@@ -61,7 +61,8 @@ def test_accuracy_is_of_the_newest_commit_of_each_length(tmp_path, monkeypatch):
     append(setting="alpha 0.08, piece_size 0", n=120, dense=80)
     append(setting="alpha 0.08, piece_size 0", task="multi_key", n=60, dense=86.67)
     append(tokens=8192, commit="a")
-    short, whole = docs.accuracy().split("\n\nM, ")
+    short, whole, before = docs.accuracy().split("\n\nM, ")
+    assert before.startswith("32,000 tokens, vLLM 1, GPU, commit a:")
     assert short.startswith("M, 8,192 tokens, vLLM 1, GPU, commit a:\n\n| task | n | dense | alpha 0.1 |\n|---|")
     cell = "73.9: -10.5 (-15.0 to -5.8) at"
     assert whole.splitlines() == [
