@@ -24,6 +24,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +33,7 @@ from triton.testing import do_bench
 
 from benchmarks.kernel_data import DENSITY, structured_qkv
 from tools.rows import RESULTS, append_row, commit_name
-from vllm_flashprefill.config import FlashPrefillConfig
+from vllm_flashprefill.config import PIECE_SCORES, FlashPrefillConfig
 from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.configs import num_multiprocessors
@@ -106,6 +107,7 @@ class Stages:
         query_len: int = 0,
         lengths: tuple[int, ...] = (),
         piece_size: int = 8,
+        piece_score: str = "sum",
         beside: bool = False,
         kv_dtype: str = "bf16",
         compute_dtype: str = "auto",
@@ -137,7 +139,7 @@ class Stages:
         ) or (SparseRequest(0, 0, tokens, total - tokens, total),)
         self.plan = StepPlan(self.requests)
         self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
-        self.config = FlashPrefillConfig(piece_size=piece_size, compute_dtype=compute_dtype)
+        self.config = FlashPrefillConfig(piece_size=piece_size, piece_score=piece_score, compute_dtype=compute_dtype)
         self.schedule = self.make_schedule()
         self.mean = block_mean(self.kv, self.schedule)
         self.pieces = None
@@ -230,8 +232,13 @@ class Stages:
             - (math.log(self.config.candidate_alpha) if self.config.candidate_alpha else -math.inf)
         )
         pieces = rows @ blocks[:-1].unflatten(1, (-1, self.config.piece_size)).mean(2).flatten(0, 1).T
-        score = pieces.unflatten(1, (len(coarse), -1)).logsumexp((0, 2)).masked_fill(above < 0, -torch.inf)
-        score = torch.exp(score - score.max())
+        pieces = pieces.unflatten(1, (len(coarse), -1)).masked_fill((above < 0)[:, None], -torch.inf)
+        if self.config.piece_score == "row":
+            mass = pieces.logsumexp(2)
+            score = torch.exp(mass - mass.amax(1, keepdim=True)).amax(0)
+        else:
+            score = pieces.logsumexp((0, 2))
+            score = torch.exp(score - score.max())
         return score, score.max(), above.abs() < TIE
 
     def usual(self, q, k, v, p, context_len: int) -> torch.Tensor:
@@ -355,12 +362,12 @@ def dense_ms(inputs: Sequence[torch.Tensor], lengths: tuple[int, ...], backend: 
         return None
 
 
-def measure(case: Case, commit: str, piece_size: int, kinds: Sequence[str], beside: bool = False) -> Iterator[dict]:
-    """Check one case, time it, and return its row, for each kind."""
+def measure(case: Case, commit: str, kinds: Sequence[str], **options: Any) -> Iterator[dict]:
+    """Check one case, time it, and return its row, for each kind. options: of `Stages`."""
     total = sum(case.lengths)
     inputs = structured_qkv(total, heads=case.heads, kv_heads=case.kv_heads, dim=case.head_size)
     lengths = case.lengths if len(case.lengths) > 1 else ()
-    how = dict(page_size=case.page_size, query_len=case.query_len, piece_size=piece_size, beside=beside)
+    how = dict(page_size=case.page_size, query_len=case.query_len, **options)
     alphas: dict[str, dict[str, float]] = {}
     dense: dict[str, float | None] = {}
     for kv_dtype, compute_dtype in map(KINDS.get, kinds):
@@ -411,10 +418,11 @@ def measure(case: Case, commit: str, piece_size: int, kinds: Sequence[str], besi
             cudnn_ms=cudnn and round(cudnn, 4),
             times_fa2=fa2 and round(fa2 / sparse, 2),
             times_cudnn=cudnn and round(cudnn / sparse, 2),
-            piece_size=piece_size,
-            candidate_alpha=round(stages.config.candidate_alpha, 6) if piece_size else "",
+            piece_size=stages.config.piece_size,
+            candidate_alpha=round(stages.config.candidate_alpha, 6) if stages.config.piece_size else "",
             kv_dtype=kv_dtype,
             compute_dtype=compute_dtype,
+            piece_score=stages.config.piece_score,
         )
         del stages
 
@@ -423,6 +431,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=["table", "shapes"], default=["table"])
     parser.add_argument("--piece-size", type=int, default=FlashPrefillConfig.piece_size, help="(default: %(default)s)")
+    parser.add_argument("--piece-score", choices=PIECE_SCORES, default=FlashPrefillConfig.piece_score)
     parser.add_argument(
         "--beside",
         action="store_true",
@@ -443,7 +452,8 @@ def main() -> None:
     for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:
         if args.tokens and sum(case.lengths) not in args.tokens:
             continue
-        for row in measure(case, commit, args.piece_size, args.kinds, args.beside):
+        options = dict(piece_size=args.piece_size, piece_score=args.piece_score, beside=args.beside)
+        for row in measure(case, commit, args.kinds, **options):
             if not args.beside:
                 append_row(args.csv, row)
             print({key: row[key] for key in list(row)[5:]}, flush=True)

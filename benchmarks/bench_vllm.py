@@ -38,7 +38,7 @@ import numpy as np
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_30B_A3B
 from evaluation.engine import configure
 from tools.rows import RESULTS, append_row, commit_name
-from vllm_flashprefill.config import COMPUTE_DTYPES
+from vllm_flashprefill.config import COMPUTE_DTYPES, PIECE_SCORES
 
 SHAPES = {"llama-8b": LLAMA_8B, "llama-70b": LLAMA_70B, "qwen3-30b-a3b": QWEN3_30B_A3B}
 # What a shape does not say.
@@ -210,7 +210,8 @@ class FixedDensity:
     """In place of `block_select`: stage 3, then as many blocks for each query block as give the published density.
 
     Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all.
-    `candidate_alpha` leaves as many blocks for the pieces to choose from as a real model has.
+    `candidate_alpha` leaves as many blocks for the pieces to choose from as a real model has, and where scores by row
+    take a second pass over what `alpha` leaves, that is as many as are kept.
     """
 
     def __init__(self) -> None:
@@ -267,22 +268,28 @@ class FixedDensity:
 
     @staticmethod
     def _with_candidates(select, config, kept: int, visible: int):
-        """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept."""
+        """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept; by row, `alpha` these."""
         import torch
 
         from benchmarks.bench_kernels import CANDIDATES
 
         if not config.piece_size:
             return config
-        low, high = 0.0, 1.0
-        for _ in range(16):
-            # With the least alpha all candidates are kept.
-            tried = dataclasses.replace(config, alpha=1e-30, candidate_alpha=(low + high) / 2)
-            counted = torch.zeros(2, dtype=torch.int64, device="cuda")
-            select(tried, counted)
-            enough = counted[0].item() >= min(visible, CANDIDATES * kept)
-            low, high = (tried.candidate_alpha, high) if enough else (low, tried.candidate_alpha)
-        return dataclasses.replace(config, candidate_alpha=low)
+
+        def halve(config, option: str, wanted: float):
+            low, high = 0.0, 1.0
+            for _ in range(16):
+                middle = (low + high) / 2
+                counted = torch.zeros(2, dtype=torch.int64, device="cuda")
+                select(dataclasses.replace(config, **{option: middle}), counted)
+                low, high = (middle, high) if counted[0].item() >= wanted else (low, middle)
+            return dataclasses.replace(config, **{option: low})
+
+        # With the least alpha all candidates are kept.
+        found = halve(dataclasses.replace(config, alpha=1e-30), "candidate_alpha", min(visible, CANDIDATES * kept))
+        if config.piece_score == "row":
+            return halve(found, "alpha", kept)
+        return dataclasses.replace(found, alpha=config.alpha)
 
     def _lists(self, heads: int, schedule, slab, config, parts):
         import torch
@@ -344,7 +351,7 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
         import vllm_flashprefill
 
         # Short prompts are made sparse here, of which nearly everything is kept.
-        vllm_flashprefill.register(max_density=1.0, compute_dtype=args.compute_dtype)
+        vllm_flashprefill.register(max_density=1.0, compute_dtype=args.compute_dtype, piece_score=args.piece_score)
     started = time.perf_counter()
     # The check's prompts fit too: in shorter ones, chunks make no difference to compare with.
     longest = max(args.tokens) + (max(args.cached) if args.append else 0)
@@ -449,6 +456,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of both backends' caches")
     parser.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="auto", help="FlashPrefill's option")
+    parser.add_argument("--piece-score", choices=PIECE_SCORES, default="sum", help="FlashPrefill's option")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer's heads")
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="GPUs, or groups of them, with layers each")
     parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: a quicker start")
@@ -537,6 +545,7 @@ def model_name(args: argparse.Namespace) -> str:
     parts += [f"tensor parallel {args.tensor_parallel}"] * (args.tensor_parallel > 1)
     parts += [f"pipeline parallel {args.pipeline_parallel}"] * (args.pipeline_parallel > 1)
     parts += ["fp8 cache"] * (args.kv_cache_dtype == "fp8") + ["fp8 products"] * (args.compute_dtype == "fp8")
+    parts += ["scored by row"] * (args.piece_score == "row")
     return ", ".join(parts + ["eager"] * args.eager)
 
 

@@ -73,7 +73,7 @@ def kernel_shapes() -> str:
     """What is not one plain prompt with 32/8 heads of 128; all in bf16."""
     columns = ("tokens", "prompts", "queries", "heads", "kv_heads", "head_size", "page_size")
     numbers = ("sparse_ms", "select_ms", "attend_tflops", "times_fa2", "times_cudnn")
-    rows = newest(read_rows(RESULTS / "kernels.csv", gpu=GPU, kv_dtype="bf16"), *columns)
+    rows = newest(read_rows(RESULTS / "kernels.csv", gpu=GPU, kv_dtype="bf16", piece_score="sum"), *columns)
     rows = [row for row in rows if shape(row) != length(row)]
     return table(
         "case | density | sparse | select | TFLOP/s | times FA2 | times cuDNN",

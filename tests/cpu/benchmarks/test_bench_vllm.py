@@ -18,7 +18,7 @@ CHECK = dict(check=[{"7": -1.0}], noise=[{"7": -1.001}], start_s=1.0, min_sparse
 def rows_of(default, flash, tmp_path):
     args = SimpleNamespace(
         commit="abc", csv=tmp_path / "rows.csv", model="llama-8b", layers=4, tensor_parallel=1, pipeline_parallel=1,
-        eager=True, kv_cache_dtype="auto", compute_dtype="auto",
+        eager=True, kv_cache_dtype="auto", compute_dtype="auto", piece_score="sum",
     )  # fmt: skip
     with mock.patch("torch.cuda.get_device_name", return_value="a GPU"):
         write_rows(CHECK | default, CHECK | flash, args)
@@ -72,9 +72,10 @@ def started(monkeypatch, *arguments):
 
 @pytest.mark.parametrize("cache, compute", [("auto", "auto"), ("fp8", "auto"), ("fp8", "fp8")])
 def test_both_engines_have_the_cache_and_flashprefill_the_option(cache, compute, monkeypatch):
-    engines, registered = started(monkeypatch, "--kv-cache-dtype", cache, "--compute-dtype", compute)
+    options = ["--kv-cache-dtype", cache, "--compute-dtype", compute, "--piece-score", "row"]
+    engines, registered = started(monkeypatch, *options)
     assert [engine["kv_cache_dtype"] for engine in engines] == [cache, cache]
-    assert registered == [dict(max_density=1.0, compute_dtype=compute)]
+    assert registered == [dict(max_density=1.0, compute_dtype=compute, piece_score="row")]
 
 
 def test_fp8_products_need_an_fp8_cache(monkeypatch, capsys):
@@ -84,13 +85,18 @@ def test_fp8_products_need_an_fp8_cache(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "cache, compute, end",
-    [("auto", "auto", ""), ("fp8", "auto", ", fp8 cache"), ("fp8", "fp8", ", fp8 cache, fp8 products")],
+    "cache, compute, piece_score, end",
+    [
+        ("auto", "auto", "sum", ""),
+        ("fp8", "auto", "sum", ", fp8 cache"),
+        ("fp8", "fp8", "sum", ", fp8 cache, fp8 products"),
+        ("auto", "auto", "row", ", scored by row"),
+    ],
 )
-def test_rows_name_the_cache_and_the_products(cache, compute, end):
+def test_rows_name_the_cache_the_products_and_the_score(cache, compute, piece_score, end):
     args = SimpleNamespace(
         model="qwen3-30b-a3b", layers=24, tensor_parallel=1, pipeline_parallel=1, eager=False, kv_cache_dtype=cache,
-        compute_dtype=compute,
+        compute_dtype=compute, piece_score=piece_score,
     )  # fmt: skip
     assert model_name(args) == f"qwen3-30b-a3b, 24 layers{end}"
 

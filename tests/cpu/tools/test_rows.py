@@ -45,12 +45,15 @@ def test_one_gpu_vllm_and_model(table):
     assert ttft_rows(path, "A100") == {}
 
 
-def test_kernel_rows_are_of_caches_in_16_bits(tmp_path):
+def test_kernel_rows_are_of_caches_in_16_bits_and_one_score(tmp_path):
     shape = dict(heads=32, kv_heads=8, head_size=128, page_size=0, prompts=1, gpu="H100", piece_size=8)
-    for times, kind in enumerate((("bf16", "auto"), ("e4m3", "auto"), ("e4m3", "fp8")), start=1):
-        dtypes = dict(zip(("kv_dtype", "compute_dtype"), kind, strict=True))
-        append_row(tmp_path / "kernels.csv", dict(shape, tokens=4096, queries=4096, times_fa2=times, **dtypes))
+    kinds = [("bf16", "auto", "sum"), ("e4m3", "auto", "sum"), ("e4m3", "fp8", "sum"), ("bf16", "auto", "row")]
+    for times, kind in enumerate(kinds, start=1):
+        options = dict(zip(("kv_dtype", "compute_dtype", "piece_score"), kind, strict=True))
+        append_row(tmp_path / "kernels.csv", dict(shape, tokens=4096, queries=4096, times_fa2=times, **options))
     assert [row["times_fa2"] for row in kernel_rows(tmp_path / "kernels.csv")] == ["1"]
+    by_row = kernel_rows(tmp_path / "kernels.csv", piece_score="row")
+    assert [row["times_fa2"] for row in by_row] == ["4"]
 
 
 @pytest.mark.parametrize("tokens, name", [(16, "16"), (1024, "1K"), (3072, "3K"), (122880, "120K")])
