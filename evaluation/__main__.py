@@ -261,13 +261,16 @@ def parse_arguments() -> argparse.Namespace:
         "--resume", action="store_true", help="keep what the sparse engine did of the same prompts, at this commit"
     )
     parser.add_argument("--rows", type=Path, help="also append the table to this CSV, such as results/accuracy.csv")
-    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="result (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="result (default: evaluation.json, with --pool pooled.json)")
     parser.add_argument("--plot", type=Path, help="also draw the heat map, as PNG")
     parser.add_argument(
         "--pool", type=Path, nargs="+", help="only put these results together, of runs alike but for their --seed"
     )
     parser.add_argument("--draw", type=Path, help="only draw this result, beside it or to --plot")
     options = parser.parse_args()
+    options.out = options.out or Path("pooled.json" if options.pool else "evaluation.json")
+    if options.pool and options.out in options.pool:
+        parser.error(f"--out: {options.out} is one of those to --pool")
     if options.data and options.lengths is None:
         parser.error("--data needs --lengths: the greatest is what prompts may have, longer ones are cut or left out")
     options.lengths = options.lengths or [1024, 2048, 4096, 7500]
@@ -386,16 +389,12 @@ def main() -> None:
         "samples": rows,
     }
     show(result, options)
-    if options.plot:
-        from evaluation.heatmap import draw
-
-        draw(result, options.plot)
     if not whole:
         sys.exit("error: ended early; the tables are of the tasks done with both engines, and --resume goes on")
 
 
 def show(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write a result to --out and --rows, and print its tables."""
+    """Write a result to --out, --rows and --plot, and print its tables."""
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{result['model']}, vLLM {result['vllm']}, {result['device']}, {result['dtype']}\n")
     print(report.tables(result))
@@ -406,6 +405,10 @@ def show(result: dict[str, Any], options: argparse.Namespace) -> None:
         for row in report.csv_rows(result):
             if {name: str(value) for name, value in row.items()} not in written:
                 append_row(options.rows, row)
+    if options.plot:
+        from evaluation.heatmap import draw
+
+        draw(result, options.plot)
 
 
 if __name__ == "__main__":

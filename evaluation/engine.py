@@ -60,10 +60,10 @@ def start(job: dict[str, Any]) -> Any:
 
 
 def options_of(job: dict[str, Any]) -> dict[str, Any]:
-    """Those of all settings. No density guard: what is measured is a selection, also where little is pruned, and what a
-    guard does follows from the prompts and the setting before.
+    """Those of all settings. No density guard, and no short append is dense: what is measured is a selection, also
+    where little is pruned, and what a guard does follows from the prompts and the setting before.
     """
-    return {"max_density": 1.0, **job["options"]}
+    return {"max_density": 1.0, "min_append_tokens": 0, **job["options"]}
 
 
 def what_ran(llm: Any) -> dict[str, Any]:

@@ -141,9 +141,14 @@ def pool(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if len({result[name] for result in results}) > 1:
             raise ValueError(f"{name} differs: {', '.join(str(result[name]) for result in results)}")
     seeds = [result["seed"] for result in results]
+    if any(isinstance(seed, list) for seed in seeds):
+        raise ValueError("one of them is pooled already")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"the same seed twice has the same prompts: {', '.join(map(str, seeds))}")
     names = [name for name in first["settings"] if all(name in result["settings"] for result in results)]
+    for name in names:
+        if any(result["settings"][name] != first["settings"][name] for result in results):
+            raise ValueError(f"not the same options everywhere: {name}")
     rows = [{**row, "group": f"{result['seed']}/{row['group']}"} for result in results for row in result["samples"]]
     settings = [
         {"name": name, "counts": [count for result in results for count in result["counts"][name]]} for name in names
@@ -152,6 +157,7 @@ def pool(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{name: first[name] for name in run},
         "complete": all(result["complete"] for result in results),
         "seed": seeds,
+        "settings": {name: first["settings"][name] for name in names},
         "changes": change_rows(rows, settings),
         "predictions": [],
         "samples": rows,

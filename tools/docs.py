@@ -317,7 +317,8 @@ def estimates_short() -> str:
     """What the kernels' answers are, then a few of `estimates`: all tasks together."""
     found = {(run[-1], *rule): by_task for run, rules in estimate_runs().items() for rule, by_task in rules.items()}
     lines = []
-    for row in read_rows(RESULTS / "accuracy.csv", task="multi-fact", **DEFAULT_JUDGED)[-1:]:
+    judged = read_rows(RESULTS / "accuracy.csv", task="multi-fact", **DEFAULT_JUDGED)
+    for row in [max(judged, key=lambda row: int(row["n"]))] if judged else []:
         name, kept = f"the default, by the kernels, {row['n']} prompts", f"{100 * float(row['density']):.1f} %"
         lines.append([name, kept, points(row["dense"]), points(row["sparse"]), interval(row)])
     for rule, name in FIRST_ESTIMATES.items():

@@ -73,9 +73,11 @@ def ttft_rows(
 
 
 def append_rows(path: Path) -> list[Row]:
-    """The newest row of each number of new and cached tokens whose check passed, of one GPU, vLLM and model."""
+    """The newest row of each number of new and cached tokens whose check passed, of one GPU, vLLM, model and commit."""
     rows = read_rows(path, case="append", check="passed")
-    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("gpu", "vllm", "model", "chunk"))]
+    rows = [
+        row for row in rows if all(row[name] == rows[-1][name] for name in ("gpu", "vllm", "model", "chunk", "commit"))
+    ]
     return newest(rows, "tokens", "cached")
 
 

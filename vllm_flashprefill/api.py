@@ -154,7 +154,7 @@ def flash_prefill_paged(
     """
     check_paged(q, kv, plan, out, q_scale, sinks, block_counts)
     check_compute_dtype(config, q, kv.k)
-    checked_scale(softmax_scale, q)
+    softmax_scale = checked_scale(softmax_scale, q)
     if plan.sparse:
         options = dict(q_scale=q_scale, sinks=sinks, block_counts=block_counts, workspace=workspace, mark=mark)
         _run_stages(q[None], kv, plan, config, softmax_scale=softmax_scale, out=out[None], **options)

@@ -147,7 +147,7 @@ def checked_scale(softmax_scale: float | None, q: torch.Tensor) -> float:
         return 1.0 / math.sqrt(q.shape[-1])
     if not 0.0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale: must be positive and finite, not {softmax_scale}")
-    return softmax_scale
+    return float(softmax_scale)
 
 
 def checked_bounds(cu_seqlens: torch.Tensor | Sequence[int], total: int) -> list[int]:

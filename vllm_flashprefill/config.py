@@ -74,9 +74,9 @@ class FlashPrefillConfig:
         num_window_blocks: most recent key blocks, the query's own among them, always kept; at least 1.
         num_dense_tail_blocks: last query blocks of a prompt that attend to everything.
         min_sparse_tokens: prompts shorter than this many tokens stay dense.
-        min_append_tokens: in vLLM on a GPU, a step whose prefills all follow on cached tokens stays dense where its
-            tokens count for less than this many (`plan.step_work`), since less time would be saved than the kernels'
-            launches take. 0 for never.
+        min_append_tokens: in vLLM on a GPU, a step whose prefills all are the last tokens of prompts that follow on
+            others stays dense where its tokens count for less than this many (`plan.step_work`), since less time would
+            be saved than the kernels' launches take. 0 for never.
         num_dense_layers: this many first layers of the model stay dense.
         piece_size: keys of the pieces by whose mean keys a block is scored; 4, 8, 16, 32 or 64. 0: by the mean key of
             the whole block, as published, which loses facts.
@@ -178,7 +178,15 @@ class FlashPrefillConfig:
             )
         length = getattr(getattr(vllm_config, "model_config", None), "max_model_len", None)
         by_length = {"piece_size": 16} if isinstance(length, int) and length > LONG_SEQUENCE else {}
-        return cls.from_options(options, env_options(environ), code_options(environ), preset, by_length)
+        given = (options, env_options(environ), code_options(environ))
+        if any(source.get("piece_score") == "row" for source in given):
+            preset = {}
+            if not any("alpha" in source for source in given):
+                raise ValueError(
+                    'flashprefill: piece_score "row" needs an alpha: presets and the default are for "sum"; 0.56 keeps '
+                    "what they keep of Qwen2.5-Coder-1.5B"
+                )
+        return cls.from_options(*given, preset, by_length)
 
 
 _INTEGER_OPTIONS = {

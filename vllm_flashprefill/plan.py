@@ -41,6 +41,10 @@ class SparseRequest:
         return self.context_len + self.query_len
 
     @property
+    def ends_prompt(self) -> bool:
+        return self.seq_len >= self.prompt_len
+
+    @property
     def query_slice(self) -> slice:
         return slice(self.query_start, self.query_start + self.query_len)
 
@@ -164,7 +168,8 @@ def plan_step(
             is_dense[row] = False
         else:
             dense_tokens[reason] = dense_tokens.get(reason, 0) + query_len
-    if sparse and append_heads and all(request.context_len for request in sparse):
+    # A chunk that does not end its prompt is of many tokens, however few of them are in this step.
+    if sparse and append_heads and all(request.context_len and request.ends_prompt for request in sparse):
         if step_work(query_lens, seq_lens, append_heads) < config.min_append_tokens:
             dense_tokens[DenseReason.SHORT_APPEND] = sum(request.query_len for request in sparse)
             is_dense[[request.index for request in sparse]] = True

@@ -57,9 +57,9 @@ def request_dense_reason(
 ) -> DenseReason | None:
     """Why this request is dense in this step, or None where it is sparse.
 
-    The rule looks at the whole prompt, so that its chunks are routed as one pass over it would be. A step in
-    which every block would be kept anyway (the first blocks, or the dense tail alone) is dense: the result is
-    the same and dense attention is faster.
+    The rule looks at the whole prompt, so that its chunks are routed as one pass over it would be; what depends on the
+    other requests of a step, short appends, `plan.plan_step` adds. A step in which every block would be kept anyway
+    (the first blocks, or the dense tail alone) is dense: the result is the same and dense attention is faster.
 
     Args:
         query_len: tokens of the request in this step.

@@ -66,6 +66,14 @@ def test_a_device_without_stages_is_one_clear_error(shape):
         call(q, q, q)
 
 
+def test_a_scale_may_be_a_number_of_numpys():
+    q = torch.randn(1, 64, 2, 16)
+    scale = 1 / np.sqrt(np.float64(16))
+    assert type(checks.checked_scale(scale, q)) is float
+    out = flash_prefill(q, q, q, softmax_scale=scale)
+    torch.testing.assert_close(out, flash_prefill(q, q, q), rtol=0, atol=0)
+
+
 def test_the_cpu_takes_any_head_size():
     q = torch.randn(1, 200, 2, 24)
     assert flash_prefill(q, q, q).shape == q.shape

@@ -67,6 +67,20 @@ def test_presets_are_for_the_head_size_they_were_published_with():
         assert FlashPrefillConfig.from_vllm(other, {}) == FlashPrefillConfig()
 
 
+def test_presets_are_for_the_sum_over_rows():
+    small = dict(num_attention_heads=9, hidden_size=576)
+    config = FlashPrefillConfig.from_vllm(vllm_config({"piece_score": "row", "alpha": 0.5}, **small), {})
+    assert (config.piece_score, config.alpha, config.piece_size) == ("row", 0.5, 8)
+    by_variable = {"FLASHPREFILL_PIECE_SCORE": "row", "FLASHPREFILL_ALPHA": "0.5"}
+    assert FlashPrefillConfig.from_vllm(vllm_config(**small), by_variable) == config
+    with pytest.raises(ValueError, match='piece_score "row" needs an alpha'):
+        FlashPrefillConfig.from_vllm(vllm_config(), {"FLASHPREFILL_PIECE_SCORE": "row"})
+    with pytest.raises(ValueError, match="needs pieces"):
+        FlashPrefillConfig.from_vllm(vllm_config({"piece_size": 0}), by_variable)
+    as_sum = FlashPrefillConfig.from_vllm(vllm_config({"piece_score": "sum"}), {})
+    assert as_sum.alpha == PRESETS["llama"]["alpha"]
+
+
 class PerLayerConfig:
     """Says what it is asked by layer, and raises where it is asked for the model."""
 
@@ -121,7 +135,7 @@ def test_presets_are_valid_options():
         ({"piece_size": -8}, "piece_size must be an integer in [0, 2147483647], not -8"),
         ({"piece_score": "rows"}, "piece_score must be one of ('sum', 'row'), not 'rows'"),
         ({"piece_score": 0}, "piece_score must be one of ('sum', 'row'), not 0"),
-        ({"piece_score": "row", "piece_size": 0}, 'piece_score "row" needs pieces, and piece_size is 0'),
+        ({"alpha": 0.5, "piece_score": "row", "piece_size": 0}, 'piece_score "row" needs pieces, and piece_size is 0'),
         ({"max_density": 1.01}, "max_density must be a number in [0, 1], not 1.01"),
         ({"max_density": -1}, "max_density must be a number in [0, 1], not -1"),
         ({"max_density": "0.5"}, "max_density must be a number in [0, 1], not '0.5'"),

@@ -128,6 +128,29 @@ def test_a_step_of_short_appends_is_dense(query_lens, context_lens, heads, dense
         assert plan.dense.tolist() == (list(range(len(query_lens))) if is_dense else [])
 
 
+@pytest.mark.parametrize("heads, chunk, prompt", [(8, 2048, 32 << 10), (4, 2048, 128 << 10), (32, 512, 32 << 10)])
+def test_a_long_prompt_is_sparse_however_small_its_chunks(heads, chunk, prompt):
+    sparse = 0
+    for start in range(chunk, prompt, chunk):
+        plan = plan_step(
+            np.array([0, chunk]),
+            np.array([start + chunk]),
+            FlashPrefillConfig(),
+            np.array([prompt]),
+            append_heads=heads,
+        )
+        sparse += plan.num_sparse_tokens
+        ends = start + chunk == prompt
+        assert set(plan.dense_tokens) <= {DenseReason.NOTHING_TO_PRUNE, *([DenseReason.SHORT_APPEND] if ends else [])}
+    assert sparse >= prompt - 3 * chunk
+
+
+def test_short_appends_beside_a_chunk_of_a_long_prompt_are_sparse():
+    seq_lens, prompt_lens = np.array([32_768, 16_384]), np.array([32_768, 60_000])
+    plan = plan_step(np.array([0, 512, 1024]), seq_lens, FlashPrefillConfig(), prompt_lens, append_heads=4)
+    assert [request.index for request in plan.sparse] == [0, 1]
+
+
 def test_short_appends_beside_a_whole_prompt_are_sparse():
     query_lens, seq_lens = np.array([512, 1, 5000]), np.array([32_768, 600, 5000])
     plan = plan_step(np.cumsum([0, *query_lens]), seq_lens, FlashPrefillConfig(), seq_lens, append_heads=4)

@@ -130,7 +130,8 @@ def num_multiprocessors(device: torch.device) -> int:
 def max_parts(device: torch.device) -> int:
     """Parts that the lists of a slab may be split into; a list that would take more stays whole.
 
-    With `schedule.tiles_of_a_part` the lists that keep everything take some five for each multiprocessor at most.
+    With `schedule.tiles_of_a_part` the lists of a dense tail take some five for each multiprocessor at most; where the
+    others keep nearly everything too, some of all stay whole, which ones depends on who comes first.
     """
     return 6 * num_multiprocessors(device)
 

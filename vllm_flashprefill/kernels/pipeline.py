@@ -62,15 +62,20 @@ def run_stages(
         value_tiles(kv, schedule, tiles)
     attend = functools.partial(sparse_attention, value_tiles=tiles)
     attended = q if tiles is None else to_e4m3(q)
-    for slab in schedule.slabs:
-        select(q, mean, schedule, slab, **shared)
-        if mark is not None:
-            mark()
-        attend(attended, kv, schedule, slab, sinks=sinks, out=out, **shared)
-        if slab.part_tiles:
-            join_parts(parts, schedule, slab, counts=counts, sinks=sinks, out=out)
-        if mark is not None:
-            mark()
+    try:
+        for slab in schedule.slabs:
+            select(q, mean, schedule, slab, **shared)
+            if mark is not None:
+                mark()
+            attend(attended, kv, schedule, slab, sinks=sinks, out=out, **shared)
+            if slab.part_tiles:
+                join_parts(parts, schedule, slab, counts=counts, sinks=sinks, out=out)
+            if mark is not None:
+                mark()
+    except BaseException:
+        # Parts are counted that nothing joins, and whoever kept the schedule may try again.
+        schedule.counters.zero_()
+        raise
     return out
 
 

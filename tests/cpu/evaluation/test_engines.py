@@ -241,6 +241,15 @@ def engine_class(used):
     return Engine
 
 
+# What no setting is to be decided by.
+ALL_SETTINGS = {"max_density": 1.0, "min_append_tokens": 0}
+
+
+def test_neither_a_guard_nor_short_appends_make_what_is_measured_dense():
+    assert evaluation_engine.options_of({"options": {"alpha": 0.1}}) == {**ALL_SETTINGS, "alpha": 0.1}
+    assert evaluation_engine.options_of({"options": {"min_append_tokens": 7}})["min_append_tokens"] == 7
+
+
 @pytest.fixture
 def sparse(tmp_path, monkeypatch):
     """Runs a sparse job with a model's own alpha of 0.02; its result."""
@@ -248,7 +257,7 @@ def sparse(tmp_path, monkeypatch):
 
     used = []
     monkeypatch.setattr(evaluation_engine, "what_ran", lambda llm: {})
-    monkeypatch.setattr(FlashPrefillConfig, "from_vllm", classmethod(lambda cls, _: cls(alpha=0.02, max_density=1.0)))
+    monkeypatch.setattr(FlashPrefillConfig, "from_vllm", classmethod(lambda cls, _: cls(alpha=0.02, **ALL_SETTINGS)))
 
     def run(settings, density=None, fails_at=None, name="result.json"):
         used.clear()

@@ -126,7 +126,7 @@ def made_result(seed, answers, **other):
     ]
     run = dict.fromkeys(("model", "vllm", "torch", "device", "dtype", "commit", "batched_tokens"), "x")
     return {
-        **run, "complete": True, "seed": seed, "settings": dict.fromkeys(names),
+        **run, "complete": True, "seed": seed, "settings": {name: {"piece_size": 8} for name in names},
         "counts": {each["name"]: each["counts"] for each in settings},
         "samples": report.sample_rows(samples, settings), **other,
     }  # fmt: skip
@@ -148,6 +148,12 @@ def test_runs_of_other_seeds_are_pooled():
 def test_unlike_runs_are_not_pooled():
     with pytest.raises(ValueError, match="commit differs: x, y"):
         report.pool([made_result(1, "12"), made_result(2, "12", commit="y")])
+    other = made_result(2, "12")
+    other["settings"]["alpha 0.1"] = {"piece_size": 0}
+    with pytest.raises(ValueError, match=r"not the same options everywhere: alpha 0\.1"):
+        report.pool([made_result(1, "12"), other])
+    with pytest.raises(ValueError, match="one of them is pooled already"):
+        report.pool([made_result(1, "12"), {**made_result(2, "12"), "seed": [3, 4]}])
     with pytest.raises(ValueError, match="the same seed twice has the same prompts: 1, 1"):
         report.pool([made_result(1, "12"), made_result(1, "12")])
 

@@ -64,6 +64,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COMMIT", "abc")
     # As the engine registers it.
     monkeypatch.setenv("FLASHPREFILL_MAX_DENSITY", "1")
+    monkeypatch.setenv("FLASHPREFILL_MIN_APPEND_TOKENS", "0")
 
     def run(*arguments, ends_after=-1):
         monkeypatch.setenv("ENDS_AFTER", str(ends_after))

@@ -111,6 +111,34 @@ def test_all_stages_interpreted(groups, group):
 
 
 @needs_triton
+def test_a_step_that_failed_may_be_tried_again_interpreted():
+    run_interpreted(
+        IMPORTS
+        + """
+from vllm_flashprefill.kernels import pipeline
+config = sparse_config(alpha=0.3)
+batch = make_batch([Request(40, 700)], config=config, page_size=48, heads=2, kv_heads=1, part_tiles=2)
+def run():
+    out = torch.full_like(batch.q, torch.nan)
+    return pipeline.run_stages(batch.q, batch.kv, batch.schedule, config=config, softmax_scale=0.125, out=out)
+expected, join = run(), pipeline.join_parts
+def fail(*args, **options):
+    assert batch.schedule.counters.any(), "no list is split"
+    raise MemoryError
+pipeline.join_parts = fail
+try:
+    run()
+except MemoryError:
+    assert not batch.schedule.counters.any()
+else:
+    raise SystemExit("nothing was joined")
+pipeline.join_parts = join
+assert torch.equal(run(), expected)
+"""
+    )
+
+
+@needs_triton
 def test_pieces_of_other_sizes_interpreted():
     cases = "\n".join(
         f"config = sparse_config(piece_size={piece_size}, candidate_alpha={candidate_alpha})\n"
