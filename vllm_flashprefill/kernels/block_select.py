@@ -114,6 +114,14 @@ def _score_pieces(
 
 
 @triton.jit
+def _places_to_score(start, offs, num_blocks, BLOCKS: tl.constexpr):
+    """Where in a list the next blocks are: its first BLOCKS, then from the last one back. Sinks and neighbours are the
+    best of most rows, and what is seen after a row's best can be dropped."""
+    places = start + offs
+    return tl.where(start == 0, tl.minimum(places, num_blocks - 1), num_blocks - 1 + BLOCKS - places)
+
+
+@triton.jit
 def _score_pieces_by_row(
     q, best, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
     PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -126,8 +134,7 @@ def _score_pieces_by_row(
     offs_dim = tl.arange(0, HEAD_SIZE)
     offs_piece = tl.arange(0, BLOCK_PIECES)
     for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
-        # A place past the end repeats the last.
-        blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
+        blocks = tl.load(list_ptr + _places_to_score(start, offs_piece // PIECES, num_blocks, BLOCKS))
         offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
         s = tl.dot(tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :]), q)
         # [BLOCKS, PIECES, BLOCK]
@@ -135,7 +142,7 @@ def _score_pieces_by_row(
         top = tl.max(s, axis=1)
         mass = top + tl.log2(tl.sum(tl.exp2(s - top[:, None, :]), axis=1))
         best = tl.maximum(best, tl.max(mass, axis=0))
-        at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
+        at = tl.load(list_ptr + _places_to_score(start, tl.arange(0, BLOCKS), num_blocks, BLOCKS))
         tl.store(scores_row_ptr + at, tl.max(mass - best[None, :], axis=1))
     return best
 
