@@ -178,15 +178,8 @@ class FlashPrefillConfig:
             )
         length = getattr(getattr(vllm_config, "model_config", None), "max_model_len", None)
         by_length = {"piece_size": 16} if isinstance(length, int) and length > LONG_SEQUENCE else {}
-        given = (options, env_options(environ), code_options(environ))
-        if any(source.get("piece_score") == "row" for source in given):
-            preset = {}
-            if not any("alpha" in source for source in given):
-                raise ValueError(
-                    'flashprefill: piece_score "row" needs an alpha: presets and the default are for "sum"; 0.56 keeps '
-                    "what they keep of Qwen2.5-Coder-1.5B"
-                )
-        return cls.from_options(*given, preset, by_length)
+        given = options, env_options(environ), code_options(environ)
+        return cls.from_options(*given, preset_beside(preset, *given), by_length)
 
 
 _INTEGER_OPTIONS = {
@@ -294,6 +287,22 @@ def code_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 def preset(model_type: str | None, head_size: int | None) -> Mapping[str, Any]:
     """The preset of a model family, or of its text part; empty if it has none for this head size."""
     return PRESETS_BY_HEAD_SIZE.get(head_size, {}).get((model_type or "").removesuffix("_text"), {})
+
+
+def preset_beside(preset: Mapping[str, Any], *options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a preset still says beside options: nothing where blocks are scored by row, for which its alpha is not.
+
+    Raises:
+        ValueError: they are scored by row and no alpha is given.
+    """
+    if not any(source.get("piece_score") == "row" for source in options):
+        return preset
+    if not any("alpha" in source for source in options):
+        raise ValueError(
+            'flashprefill: piece_score "row" needs an alpha: presets and the default are for "sum"; 0.56 keeps as much '
+            "of Qwen2.5-Coder-1.5B"
+        )
+    return {}
 
 
 def _preset(vllm_config: Any) -> Mapping[str, Any]:

@@ -290,6 +290,7 @@ def test_pieces_are_larger_in_an_engine_for_very_long_sequences():
     assert [size(length) for length in (4096, 524_288, 524_289, 1 << 20)] == [8, 8, 16, 16]
     assert size(1 << 20, {"piece_size": 0}) == 0
     assert size(1 << 20, FLASHPREFILL_PIECE_SIZE="8") == 8
+    assert size(1 << 20, {"piece_score": "row", "alpha": 0.5}) == 16
 
 
 def test_enabled_takes_0_and_1_only():

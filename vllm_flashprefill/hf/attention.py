@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vllm_flashprefill.api import flash_prefill
 from vllm_flashprefill.checks import DTYPES, HEAD_SIZES
-from vllm_flashprefill.config import FlashPrefillConfig, preset
+from vllm_flashprefill.config import FlashPrefillConfig, preset, preset_beside
 from vllm_flashprefill.counters import Stats
 from vllm_flashprefill.hf.mask import CausalMask
 from vllm_flashprefill.routing import DenseReason, request_dense_reason
@@ -38,7 +38,7 @@ def use_options(*options: Mapping[str, Any]) -> None:
 
 @functools.cache
 def layer_config(model_type: str | None, head_size: int) -> FlashPrefillConfig:
-    return FlashPrefillConfig.from_options(*_options, preset(model_type, head_size))
+    return FlashPrefillConfig.from_options(*_options, preset_beside(preset(model_type, head_size), *_options))
 
 
 def stats() -> Stats:
