@@ -350,8 +350,10 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
     if sparse:
         import vllm_flashprefill
 
+        # By row an engine asks for an alpha; `FixedDensity` finds one for each length.
+        score = {"piece_score": "row", "alpha": 0.5} if args.piece_score == "row" else {}
         # Short prompts are made sparse here, of which nearly everything is kept.
-        vllm_flashprefill.register(max_density=1.0, compute_dtype=args.compute_dtype, piece_score=args.piece_score)
+        vllm_flashprefill.register(max_density=1.0, compute_dtype=args.compute_dtype, **score)
     started = time.perf_counter()
     # The check's prompts fit too: in shorter ones, chunks make no difference to compare with.
     longest = max(args.tokens) + (max(args.cached) if args.append else 0)

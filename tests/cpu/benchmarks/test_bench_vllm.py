@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from benchmarks import bench_vllm
 from benchmarks.bench_vllm import CONFIG, SHAPES, agree, model_name, write_rows
+from vllm_flashprefill.config import FlashPrefillConfig
 
 CHECK = dict(check=[{"7": -1.0}], noise=[{"7": -1.001}], start_s=1.0, min_sparse_tokens=4096)
 
@@ -72,10 +73,15 @@ def started(monkeypatch, *arguments):
 
 @pytest.mark.parametrize("cache, compute", [("auto", "auto"), ("fp8", "auto"), ("fp8", "fp8")])
 def test_both_engines_have_the_cache_and_flashprefill_the_option(cache, compute, monkeypatch):
-    options = ["--kv-cache-dtype", cache, "--compute-dtype", compute, "--piece-score", "row"]
-    engines, registered = started(monkeypatch, *options)
+    engines, registered = started(monkeypatch, "--kv-cache-dtype", cache, "--compute-dtype", compute)
     assert [engine["kv_cache_dtype"] for engine in engines] == [cache, cache]
-    assert registered == [dict(max_density=1.0, compute_dtype=compute, piece_score="row")]
+    assert registered == [dict(max_density=1.0, compute_dtype=compute)]
+
+
+def test_scores_by_row_have_the_alpha_that_an_engine_asks_for(monkeypatch):
+    _, (options,) = started(monkeypatch, "--piece-score", "row")
+    engine = SimpleNamespace(model_config=None, additional_config={"flashprefill": options})
+    assert FlashPrefillConfig.from_vllm(engine, {}).piece_score == "row"
 
 
 def test_fp8_products_need_an_fp8_cache(monkeypatch, capsys):
