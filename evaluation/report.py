@@ -225,6 +225,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 def csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What results/accuracy.csv holds: scores in points of 100, perplexity before the dense tail, its change in %."""
     run = {name: result[name] for name in ("model", "vllm")} | {"gpu": result["device"], "commit": result["commit"]}
+    seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
     places = dict.fromkeys(("dense", "sparse", "change", "low", "high"), 2)
     rows = [row for row in result["changes"] if row["task"] != "all"]
     for row in result["predictions"]:
@@ -248,6 +249,7 @@ def csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             "density": "" if row["density"] is None else round(row["density"], 4),
             **{name: row[name] for name in ("task", "n")},
             **{name: round(row[name], digits + (row["task"] == "perplexity")) for name, digits in places.items()},
+            "seed": " ".join(map(str, seeds)),
         }
         for row in rows
     ]

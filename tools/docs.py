@@ -203,16 +203,16 @@ ACCURACY_RUN = ("model", "tokens", "vllm", "gpu", "commit")
 
 def accuracy_table(rows: list[Row]) -> str:
     # The last of each is the newest. Settings may have had other numbers of prompts.
-    newest = {(row["task"], row["n"], row["dense"], row["setting"]): row for row in rows}
+    newest = {(row["task"], row["n"], row["seed"], row["dense"], row["setting"]): row for row in rows}
     settings = dict.fromkeys(setting for *_, setting in newest)
-    lines = sorted(dict.fromkeys(place[:3] for place in newest), key=lambda line: task_place(line[0]))
+    lines = sorted(dict.fromkeys(place[:4] for place in newest), key=lambda line: (task_place(line[0]), -int(line[1])))
     model, tokens, vllm, gpu, commit = (rows[-1][name] for name in ACCURACY_RUN)
     caption = f"{model}, {int(tokens):,} tokens, vLLM {vllm}, {gpu}, commit {commit}:\n\n"
     return caption + table(
-        " | ".join(["task", "n", "dense", *settings]),
+        " | ".join(["task", "n", "seed", "dense", *settings]),
         [
-            [task, n, score(task, dense), *(change(newest.get((task, n, dense, setting))) for setting in settings)]
-            for task, n, dense in lines
+            [*line[:3], score(line[0], line[3]), *(change(newest.get((*line, setting))) for setting in settings)]
+            for line in lines
         ],
     )
 
@@ -304,7 +304,6 @@ def estimates_table(run: tuple[str, ...], rules: dict[tuple[str, ...], dict[str,
 FIRST_ESTIMATES = {
     ("b15c57b", "p8", "128", "row", "0.01"): "by each row's best, in PyTorch, 64 of these prompts",
     ("45975e5", "p8", "128", "pub", ""): "by the sum over rows, in PyTorch, without `candidate_alpha`, 80 prompts",
-    ("45975e5", "exact", "128", "pub", ""): "by the sum over rows and every key, in PyTorch, 80 prompts",
     ("45975e5", "published", "128", "head", ""): "one mean key a block, thresholds by head, in PyTorch, 80 prompts",
 }
 

@@ -105,14 +105,15 @@ def test_rows_for_results():
     text = {"length": 600, "first": 300}
     dense, sparse = ({"logprobs": [value] * 300, "predicted": [0] * 300} for value in (-1.0, -1.02))
     settings = [setting("dense", "123", [dense]), setting("alpha 0.1", "193", [sparse], kept=5)]
-    result = {"model": "M", "vllm": "1.2", "device": "GPU", "commit": "abc"}
+    result = {"model": "M", "vllm": "1.2", "device": "GPU", "commit": "abc", "seed": 3}
     result["changes"] = report.change_rows(report.sample_rows(samples, settings), settings)
     result["predictions"] = report.prediction_rows([text], settings)
     single, many, perplexity = report.csv_rows(result)
-    assert " ".join(single) == ("model vllm gpu commit tokens setting density task n dense sparse change low high")
+    assert " ".join(single) == ("model vllm gpu commit tokens setting density task n dense sparse change low high seed")
     assert list(single.values())[:9] == ["M", "1.2", "GPU", "abc", 600, "alpha 0.1", 0.5, "single", 2]
     assert [single[name] for name in ("dense", "sparse", "change", "low", "high")] == [100, 50, -50, -100, 0]
     assert many["task"] == "many" and list(perplexity) == list(single)
+    assert single["seed"] == "3" and report.csv_rows({**result, "seed": [1, 7]})[0]["seed"] == "1 7"
     assert (perplexity["task"], perplexity["n"], perplexity["dense"]) == ("perplexity", 1, 2.718)
     assert (perplexity["change"], perplexity["low"], perplexity["density"]) == (2.02, 2.02, 0.5)
 

@@ -49,7 +49,7 @@ def test_accuracy_has_the_newest_commit_of_each_length_first(tmp_path, monkeypat
     def append(**changed):
         row = dict(
             model="M", vllm="1", gpu="GPU", commit="b", tokens=32000, setting="alpha 0.1", density=0.171,
-            task="multi-fact", n=240, dense=84.38, sparse=73.9, change=-10.5, low=-15.04, high=-5.8,
+            task="multi-fact", n=240, dense=84.38, sparse=73.9, change=-10.5, low=-15.04, high=-5.8, seed="1",
         )  # fmt: skip
         rows.append_row(tmp_path / "accuracy.csv", {**row, **changed})
 
@@ -63,17 +63,17 @@ def test_accuracy_has_the_newest_commit_of_each_length_first(tmp_path, monkeypat
     append(tokens=8192, commit="a")
     short, whole, before = docs.accuracy().split("\n\nM, ")
     assert before.startswith("32,000 tokens, vLLM 1, GPU, commit a:")
-    assert short.startswith("M, 8,192 tokens, vLLM 1, GPU, commit a:\n\n| task | n | dense | alpha 0.1 |\n|---|")
+    assert short.startswith("M, 8,192 tokens, vLLM 1, GPU, commit a:\n\n| task | n | seed | dense | alpha 0.1 |\n|---|")
     cell = "73.9: -10.5 (-15.0 to -5.8) at"
     assert whole.splitlines() == [
         "32,000 tokens, vLLM 1, GPU, commit b:",
         "",
-        "| task | n | dense | alpha 0.1 | alpha 0.08, piece_size 0 |",
-        "|---|---|---|---|---|",
-        f"| multi-fact | 240 | 84.4 | {cell} 17.1 % | |",
-        f"| multi-fact | 120 | 80.0 | | {cell} 17.1 % |",
-        f"| multi_key | 60 | 86.7 | {cell} dense | {cell} 17.1 % |",
-        "| perplexity | 2 | 2.718 | 2.732: +0.51 % (-0.10 to +1.20) at 17.1 % | |",
+        "| task | n | seed | dense | alpha 0.1 | alpha 0.08, piece_size 0 |",
+        "|---|---|---|---|---|---|",
+        f"| multi-fact | 240 | 1 | 84.4 | {cell} 17.1 % | |",
+        f"| multi-fact | 120 | 1 | 80.0 | | {cell} 17.1 % |",
+        f"| multi_key | 60 | 1 | 86.7 | {cell} dense | {cell} 17.1 % |",
+        "| perplexity | 2 | 1 | 2.718 | 2.732: +0.51 % (-0.10 to +1.20) at 17.1 % | |",
     ]
 
 
