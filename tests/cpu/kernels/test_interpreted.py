@@ -163,12 +163,12 @@ def test_wide_heads_where_shared_memory_is_small_interpreted(piece_size):
 
 
 @needs_triton
-@pytest.mark.parametrize("piece_size", [0, 8])
-def test_queries_that_are_not_numbers_interpreted(piece_size):
+@pytest.mark.parametrize("options", ["piece_size=0", "piece_size=8", "piece_size=8, piece_score='row'"])
+def test_queries_that_are_not_numbers_interpreted(options):
     run_interpreted(
         "from tests.support.kernel_cases import check_nan_queries, make_batch, sparse_config\n"
         "from tests.support.request import Request\n"
-        f"config = sparse_config(alpha=0.3, piece_size={piece_size})\n"
+        f"config = sparse_config(alpha=0.3, {options})\n"
         "batch = make_batch(config=config, requests=[Request(1300)], heads=2, kv_heads=1)\n"
         "check_nan_queries(batch, config, 0.125)"
     )

@@ -242,10 +242,10 @@ def test_pieces_of_other_sizes(piece_size, candidate_alpha, piece_score):
         check_all(batch, config, SCALE)
 
 
-@pytest.mark.parametrize("piece_size", [0, 8])
+@pytest.mark.parametrize("options", [{}, {"piece_size": 8}, {"piece_size": 8, "piece_score": "row"}], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_queries_that_are_not_numbers(piece_size, dim):
-    config = sparse_config(alpha=0.3, piece_size=piece_size)
+def test_queries_that_are_not_numbers(options, dim):
+    config = sparse_config(alpha=0.3, **options)
     check_nan_queries(make_batch([Request(2000)], dim=dim, device="cuda", config=config), config, SCALE)
 
 
