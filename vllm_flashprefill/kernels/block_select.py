@@ -203,19 +203,18 @@ def _select_pair(
             tl.debug_barrier()
             piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
             if BY_ROW:
-                best = _score_pieces_by_row(
-                    q, tl.full([BLOCK], float("-inf"), dtype=tl.float32), piece_row_ptr, scores_row_ptr,
-                    lists_ptr + list_start, num_candidates, scale, PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
-                )  # fmt: skip
-                tl.debug_barrier()
-                num_candidates = _write_candidates(
-                    scores_row_ptr, lists_ptr + list_start, query_block, log2_alpha, BLOCK_LIST
-                )
-                tl.debug_barrier()
-                _score_pieces_by_row(
-                    q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
-                    PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
-                )  # fmt: skip
+                best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+                # Two passes written one after the other would have the queries in shared memory once more.
+                for _pass in range(2):
+                    best = _score_pieces_by_row(
+                        q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
+                        PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    num_candidates = _write_candidates(
+                        scores_row_ptr, lists_ptr + list_start, query_block, log2_alpha, BLOCK_LIST
+                    )
+                    tl.debug_barrier()
             # There are none where no score is a number.
             elif num_candidates > 0:
                 threshold += _score_pieces(
@@ -378,7 +377,7 @@ def block_select(
         counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
             programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with pieces -inf
-            where a block is no candidate, by row where it was dropped by the first pass.
+            where a block is no candidate, by row where it is not kept for its score.
         parts: from `parts.part_scratch`, written: what long lists are split into.
         block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.

@@ -141,10 +141,10 @@ assert torch.equal(run(), expected)
 @needs_triton
 def test_pieces_of_other_sizes_interpreted():
     cases = "\n".join(
-        f"config = sparse_config(piece_size={piece_size}, candidate_alpha={candidate_alpha})\n"
+        f"config = sparse_config(piece_size={piece_size}, candidate_alpha={candidate_alpha}, piece_score={score!r})\n"
         "batch = make_batch(config=config, page_size=16, requests=[Request(200, 441)], heads=2, kv_heads=1)\n"
         "check_all(batch, config, 0.125)"
-        for piece_size, candidate_alpha in ((4, 0.0), (64, 1.0))
+        for piece_size, candidate_alpha, score in ((4, 0.0, "sum"), (64, 1.0, "sum"), (64, 0.0, "row"))
     )
     run_interpreted(IMPORTS + cases)
 
