@@ -22,7 +22,7 @@ import datetime
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from vllm_flashprefill.kernels.sparse_attention import sparse_attention, takes_f
 from vllm_flashprefill.kernels.value_tiles import value_tiles
 from vllm_flashprefill.key_values import KeyValues, is_e4m3
 from vllm_flashprefill.plan import SparseRequest, StepPlan
-from vllm_flashprefill.reference import sparse_attention_fp8_ref
+from vllm_flashprefill.reference import score_of_pieces_ref, sparse_attention_fp8_ref
 
 # (dtype of keys and values, `compute_dtype`)
 KINDS = {"bf16": ("bf16", "auto"), "e4m3": ("e4m3", "auto"), "e4m3-fp8": ("e4m3", "fp8")}
@@ -233,12 +233,7 @@ class Stages:
         )
         pieces = rows @ blocks[:-1].unflatten(1, (-1, self.config.piece_size)).mean(2).flatten(0, 1).T
         pieces = pieces.unflatten(1, (len(coarse), -1)).masked_fill((above < 0)[:, None], -torch.inf)
-        if self.config.piece_score == "row":
-            mass = pieces.logsumexp(2)
-            score = torch.exp(mass - mass.amax(1, keepdim=True)).amax(0)
-        else:
-            score = pieces.logsumexp((0, 2))
-            score = torch.exp(score - score.max())
+        score = score_of_pieces_ref(pieces[None], self.config.piece_score)[0]
         return score, score.max(), above.abs() < TIE
 
     def usual(self, q, k, v, p, context_len: int) -> torch.Tensor:
@@ -332,12 +327,22 @@ def alpha_for_density(stages: Stages, density: float) -> None:
 
 
 def _halve(stages: Stages, option: str, density: float) -> None:
+    def is_enough(config: FlashPrefillConfig) -> bool:
+        stages.config = config
+        return stages.density() >= density
+
+    stages.config = largest(stages.config, option, is_enough, 14)
+
+
+def largest(
+    config: FlashPrefillConfig, option: str, is_enough: Callable[[FlashPrefillConfig], bool], halvings: int
+) -> FlashPrefillConfig:
+    """The config with the largest value found in [0, 1] of an option with which it is enough."""
     low, high = 0.0, 1.0
-    for _ in range(14):
+    for _ in range(halvings):
         middle = (low + high) / 2
-        stages.config = dataclasses.replace(stages.config, **{option: middle})
-        low, high = (middle, high) if stages.density() >= density else (low, middle)
-    stages.config = dataclasses.replace(stages.config, **{option: low})
+        low, high = (middle, high) if is_enough(dataclasses.replace(config, **{option: middle})) else (low, middle)
+    return dataclasses.replace(config, **{option: low})
 
 
 def median_ms(call, rep: int = 200) -> float:

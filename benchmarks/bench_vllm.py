@@ -271,24 +271,21 @@ class FixedDensity:
         """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept; by row, `alpha` these."""
         import torch
 
-        from benchmarks.bench_kernels import CANDIDATES
+        from benchmarks.bench_kernels import CANDIDATES, largest
 
         if not config.piece_size:
             return config
 
-        def halve(config, option: str, wanted: float):
-            low, high = 0.0, 1.0
-            for _ in range(16):
-                middle = (low + high) / 2
-                counted = torch.zeros(2, dtype=torch.int64, device="cuda")
-                select(dataclasses.replace(config, **{option: middle}), counted)
-                low, high = (middle, high) if counted[0].item() >= wanted else (low, middle)
-            return dataclasses.replace(config, **{option: low})
+        def keeps(config, wanted: float) -> bool:
+            counted = torch.zeros(2, dtype=torch.int64, device="cuda")
+            select(config, counted)
+            return counted[0].item() >= wanted
 
         # With the least alpha all candidates are kept.
-        found = halve(dataclasses.replace(config, alpha=1e-30), "candidate_alpha", min(visible, CANDIDATES * kept))
+        every, candidates = dataclasses.replace(config, alpha=1e-30), min(visible, CANDIDATES * kept)
+        found = largest(every, "candidate_alpha", lambda tried: keeps(tried, candidates), 16)
         if config.piece_score == "row":
-            return halve(found, "alpha", kept)
+            return largest(found, "alpha", lambda tried: keeps(tried, kept), 16)
         return dataclasses.replace(found, alpha=config.alpha)
 
     def _lists(self, heads: int, schedule, slab, config, parts):

@@ -188,17 +188,21 @@ def claim() -> str:
 def accuracy() -> str:
     """For each model, length and commit: a line for each task and number of prompts, a column for each setting."""
     path = RESULTS / "accuracy.csv"
-    rows = read_rows(path) if path.exists() else []
-    places = dict.fromkeys(tuple(row[name] for name in ACCURACY_RUN) for row in rows)
-    models = list(dict.fromkeys(model for model, *_ in places))
+    runs = by_run(read_rows(path) if path.exists() else [])
+    models = list(dict.fromkeys(model for model, *_ in runs))
     # Of one model and length the newest first.
-    order = sorted(reversed(places), key=lambda place: (models.index(place[0]), int(place[1])))
-    return "\n".join(
-        accuracy_table([row for row in rows if tuple(row[name] for name in ACCURACY_RUN) == place]) for place in order
-    )
+    order = sorted(reversed(runs), key=lambda run: (models.index(run[0]), int(run[1])))
+    return "\n".join(accuracy_table(runs[run]) for run in order)
 
 
-ACCURACY_RUN = ("model", "tokens", "vllm", "gpu", "commit")
+RUN = ("model", "tokens", "vllm", "gpu", "commit")
+
+
+def by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    runs: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        runs.setdefault(tuple(row[name] for name in RUN), []).append(row)
+    return runs
 
 
 def accuracy_table(rows: list[Row]) -> str:
@@ -206,7 +210,7 @@ def accuracy_table(rows: list[Row]) -> str:
     newest = {(row["task"], row["n"], row["seed"], row["dense"], row["setting"]): row for row in rows}
     settings = dict.fromkeys(setting for *_, setting in newest)
     lines = sorted(dict.fromkeys(place[:4] for place in newest), key=lambda line: (task_place(line[0]), -int(line[1])))
-    model, tokens, vllm, gpu, commit = (rows[-1][name] for name in ACCURACY_RUN)
+    model, tokens, vllm, gpu, commit = (rows[-1][name] for name in RUN)
     caption = f"{model}, {int(tokens):,} tokens, vLLM {vllm}, {gpu}, commit {commit}:\n\n"
     return caption + table(
         " | ".join(["task", "n", "seed", "dense", *settings]),
@@ -263,18 +267,15 @@ RULES = {
 }
 
 
-ESTIMATES_RUN = ("model", "tokens", "vllm", "gpu", "commit")
-
-
 def estimate_runs() -> dict[tuple[str, ...], dict[tuple[str, ...], dict[str, Row]]]:
     """Of each run of results/estimates.csv the rows of each rule by task, the newest of each."""
-    runs: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, Row]]] = {}
-    for row in read_rows(RESULTS / "estimates.csv"):
-        run, rule = (
-            tuple(row[name] for name in names) for names in (ESTIMATES_RUN, ("estimate", "rows", "rule", "candidates"))
-        )
-        runs.setdefault(run, {}).setdefault(rule, {})[row["task"]] = row
-    return runs
+    found: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, Row]]] = {}
+    for run, rows in by_run(read_rows(RESULTS / "estimates.csv")).items():
+        rules = found.setdefault(run, {})
+        for row in rows:
+            rule = tuple(row[name] for name in ("estimate", "rows", "rule", "candidates"))
+            rules.setdefault(rule, {})[row["task"]] = row
+    return found
 
 
 def estimates() -> str:

@@ -108,13 +108,21 @@ def piece_score_ref(
             )
             s = (softmax_scale * (rows @ pieces[:, :, : own * num_pieces])).unflatten(2, (own, num_pieces))
             s = s.masked_fill((coarse < least)[:, None, :, None], -torch.inf)
-            if config.piece_score == "row":
-                mass = s.logsumexp(dim=3)
-                score[:, :own] = (mass - mass.amax(dim=2, keepdim=True)).exp().amax(dim=1)
-            else:
-                score[:, :own] = (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))
+            score[:, :own] = score_of_pieces_ref(s, config.piece_score)
         scores.append(score)
     return torch.stack(scores, dim=1)
+
+
+def score_of_pieces_ref(s: torch.Tensor, piece_score: str) -> torch.Tensor:
+    """The scores of blocks, [H, blocks], by `piece_score`, from the logits of rows with their pieces.
+
+    Args:
+        s: [H, R, blocks, pieces], -inf throughout a block that is no candidate; its score is 0.
+    """
+    if piece_score == "row":
+        mass = s.logsumexp(dim=3)
+        return (mass - mass.amax(dim=2, keepdim=True)).exp().amax(dim=1)
+    return (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))
 
 
 def block_select_ref(
