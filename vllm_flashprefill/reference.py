@@ -79,8 +79,8 @@ def piece_score_ref(
     Candidates are the key blocks before the query block's own whose sum over its rows of exp(s[row, block]), s with
     the block's mean key, is at least `candidate_alpha` of the largest one. A candidate's score is the sum over rows and
     over its pieces of exp(s[row, piece] - m), s with the piece's mean key and m the largest of the candidates'. With
-    `piece_score` "row" it is the largest over rows of the sum over its pieces of exp(s[row, piece]), as a fraction of
-    the largest such sum that the row has.
+    `piece_score` "row" it is the largest over rows and its pieces of exp(s[row, piece] - m[row]), m[row] the row's
+    largest.
 
     Args:
         q: [T, H, D], queries of this chunk. k: [S, G, D], keys of the whole sequence so far.
@@ -120,8 +120,7 @@ def score_of_pieces_ref(s: torch.Tensor, piece_score: str) -> torch.Tensor:
         s: [H, R, blocks, pieces], -inf throughout a block that is no candidate; its score is 0.
     """
     if piece_score == "row":
-        mass = s.logsumexp(dim=3)
-        return (mass - mass.amax(dim=2, keepdim=True)).exp().amax(dim=1)
+        return (s - s.amax(dim=(2, 3), keepdim=True)).amax(dim=(1, 3)).exp()
     return (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))
 
 

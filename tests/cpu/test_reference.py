@@ -142,8 +142,8 @@ def test_pieces_of_equal_keys_score_each_row_by_its_own_best_block(context_len):
         rows = torch.arange(max(context_len, own * 128), min(seq_len, (own + 1) * 128)) - context_len
         for head in range(2 if own else 0):
             logits = SCALE * q[rows, head].double() @ k[: own * 128, 0].double().T
-            mass = logits.exp().unflatten(1, (own, 128)).sum(dim=2)
-            expected = (mass / mass.amax(dim=1, keepdim=True)).amax(dim=0)
+            largest = logits.exp().unflatten(1, (own, 128)).amax(dim=2)
+            expected = (largest / largest.amax(dim=1, keepdim=True)).amax(dim=0)
             torch.testing.assert_close(score[head, index, :own].double(), expected, rtol=1e-4, atol=0)
 
 

@@ -82,10 +82,10 @@ def _score(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
 
 
 def _score_by_row(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """[H, n, blocks], the largest over rows of a block's sum of exp(s), as a fraction of the row's largest.
+    """[H, n, blocks], the largest over rows and pieces of exp(s), as a fraction of the row's largest.
 
     Arguments as of `_score`.
     """
-    mass = s.unflatten(3, (counted.shape[-1], -1)).logsumexp(dim=4).masked_fill_(~counted[:, :, None], -torch.inf)
-    least = torch.finfo(mass.dtype).min
-    return (mass - mass.amax(dim=3, keepdim=True).clamp(min=least)).exp().amax(dim=2)
+    largest = s.unflatten(3, (counted.shape[-1], -1)).amax(dim=4).masked_fill_(~counted[:, :, None], -torch.inf)
+    least = torch.finfo(largest.dtype).min
+    return (largest - largest.amax(dim=3, keepdim=True).clamp(min=least)).amax(dim=2).exp()

@@ -30,6 +30,8 @@ from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
 LOG2_E = math.log2(math.e)
+# Candidates whose pieces are scored first when scores are by row: sinks and neighbours, the best of most rows.
+FIRST_BLOCKS = tl.constexpr(8)
 
 
 @triton.jit
@@ -126,25 +128,25 @@ def _score_pieces_by_row(
     q, best, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
     PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores the listed blocks, each by its largest fraction of what a row of q, [HEAD_SIZE, BLOCK], has at most.
+    """Scores listed blocks, each by its largest fraction of what a row of q, [HEAD_SIZE, BLOCK], has at most.
 
-    best: [BLOCK], of each row log2 of its largest sum over the pieces of a block so far; returned with these blocks'.
+    best: [BLOCK], each row's largest product with a piece so far. Returned with those of these blocks, which are
+        scored without them.
     """
     BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
     offs_dim = tl.arange(0, HEAD_SIZE)
     offs_piece = tl.arange(0, BLOCK_PIECES)
+    # Over pieces 8 apart, which a thread of a matrix product holds: nothing goes from thread to thread in the loop.
+    seen = tl.full([BLOCK_PIECES // 16, 8, q.shape[1]], float("-inf"), dtype=tl.float32)
     for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
         blocks = tl.load(list_ptr + _places_to_score(start, offs_piece // PIECES, num_blocks, BLOCKS))
         offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
         s = tl.dot(tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :]), q)
-        # [BLOCKS, PIECES, BLOCK]
-        s = tl.reshape(s * scale, [BLOCKS, PIECES, q.shape[1]])
-        top = tl.max(s, axis=1)
-        mass = top + tl.log2(tl.sum(tl.exp2(s - top[:, None, :]), axis=1))
-        best = tl.maximum(best, tl.max(mass, axis=0))
+        seen = tl.maximum(seen, tl.max(tl.reshape(s, [BLOCK_PIECES // 16, 2, 8, q.shape[1]]), axis=1))
+        score = tl.max(tl.reshape(tl.max(s - best[None, :], axis=1), [BLOCKS, PIECES]), axis=1)
         at = tl.load(list_ptr + _places_to_score(start, tl.arange(0, BLOCKS), num_blocks, BLOCKS))
-        tl.store(scores_row_ptr + at, tl.max(mass - best[None, :], axis=1))
-    return best
+        tl.store(scores_row_ptr + at, score * scale)
+    return tl.maximum(best, tl.max(tl.max(seen, axis=1), axis=0))
 
 
 @triton.jit
@@ -204,17 +206,20 @@ def _select_pair(
             piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
             if BY_ROW:
                 best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-                # Two passes written one after the other would have the queries in shared memory once more.
-                for _pass in range(2):
+                # First what is likely to be the rows' best, for that alone; then all candidates; then those left. Three
+                # loops written one after the other would have the queries in shared memory three times.
+                for step in range(3):
+                    looked_at = tl.where(step == 0, tl.minimum(num_candidates, FIRST_BLOCKS), num_candidates)
                     best = _score_pieces_by_row(
-                        q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
+                        q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, looked_at, scale,
                         PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
                     )  # fmt: skip
                     tl.debug_barrier()
-                    num_candidates = _write_candidates(
-                        scores_row_ptr, lists_ptr + list_start, query_block, log2_alpha, BLOCK_LIST
-                    )
-                    tl.debug_barrier()
+                    if step == 1:
+                        num_candidates = _write_candidates(
+                            scores_row_ptr, lists_ptr + list_start, query_block, log2_alpha, BLOCK_LIST
+                        )
+                        tl.debug_barrier()
             # There are none where no score is a number.
             elif num_candidates > 0:
                 threshold += _score_pieces(
