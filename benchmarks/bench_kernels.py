@@ -176,15 +176,15 @@ class Stages:
         if launch:
             rows = launch.programs_per_sm * num_multiprocessors(self.q.device)
             scores = torch.empty(rows, self.schedule.max_key_blocks, device=self.device)
-        # Each selection counts its parts from 0, and joining them leaves 0.
-        if self.parts:
-            self.schedule.counters.zero_()
         block_select(
             self.q, self.mean, self.schedule, slab or self.schedule.slabs[0], pieces=self.pieces, config=self.config,
             softmax_scale=self.scale, lists=self.lists, counts=self.counts, parts=self.parts, scores=scores,
             launch=launch,
         )  # fmt: skip
-        self.counters = self.schedule.counters.clone() if self.parts else None
+        # Each selection counts its parts from 0, `all` too, and joining them leaves 0.
+        if self.parts:
+            self.counters = self.schedule.counters.clone()
+            self.schedule.counters.zero_()
 
     def attend(self, launch=None, slab=None):
         slab = slab or self.schedule.slabs[0]

@@ -30,8 +30,6 @@ from vllm_flashprefill.kernels.schedule import Schedule, Slab
 from vllm_flashprefill.kernels.workspace import Workspace
 
 LOG2_E = math.log2(math.e)
-# Candidates whose pieces are scored first when scores are by row: sinks and neighbours, the best of most rows.
-FIRST_BLOCKS = tl.constexpr(8)
 
 
 @triton.jit
@@ -117,18 +115,17 @@ def _score_pieces(
 
 @triton.jit
 def _places_to_score(start, offs, num_blocks, BLOCKS: tl.constexpr):
-    """Where in a list the next blocks are: its first BLOCKS, then from the last one back. Sinks and neighbours are the
-    best of most rows, and what is seen after a row's best can be dropped."""
+    """Where in a list the next blocks are: its first BLOCKS, then from the last one back."""
     places = start + offs
     return tl.where(start == 0, tl.minimum(places, num_blocks - 1), num_blocks - 1 + BLOCKS - places)
 
 
 @triton.jit
 def _score_pieces_by_row(
-    q, best, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
+    q, best, piece_ptr, scores_row_ptr, list_ptr, num_blocks, num_scored, scale,
     PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores listed blocks, each by its largest fraction of what a row of q, [HEAD_SIZE, BLOCK], has at most.
+    """Scores num_scored of the listed blocks, each by its largest fraction of what a row of q, [HEAD_SIZE, BLOCK], has.
 
     best: [BLOCK], each row's largest product with a piece so far. Returned with those of these blocks, which are
         scored without them.
@@ -138,7 +135,7 @@ def _score_pieces_by_row(
     offs_piece = tl.arange(0, BLOCK_PIECES)
     # Over pieces 8 apart, which a thread of a matrix product holds: nothing goes from thread to thread in the loop.
     seen = tl.full([BLOCK_PIECES // 16, 8, q.shape[1]], float("-inf"), dtype=tl.float32)
-    for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
+    for start in tl.range(0, num_scored, BLOCKS, num_stages=NUM_STAGES):
         blocks = tl.load(list_ptr + _places_to_score(start, offs_piece // PIECES, num_blocks, BLOCKS))
         offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
         s = tl.dot(tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :]), q)
@@ -206,13 +203,14 @@ def _select_pair(
             piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
             if BY_ROW:
                 best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-                # First what is likely to be the rows' best, for that alone; then all candidates; then those left. Three
-                # loops written one after the other would have the queries in shared memory three times.
+                # First the ends of the list, sinks and neighbours, the best of most rows; then all; then those left.
+                # Three loops written one after the other would have the queries in shared memory three times.
+                FIRST: tl.constexpr = 2 * BLOCK_PIECES // PIECES if BLOCK_PIECES // PIECES > 4 else 8
                 for step in range(3):
-                    looked_at = tl.where(step == 0, tl.minimum(num_candidates, FIRST_BLOCKS), num_candidates)
+                    num_scored = tl.where(step == 0, tl.minimum(num_candidates, FIRST), num_candidates)
                     best = _score_pieces_by_row(
-                        q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, looked_at, scale,
-                        PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+                        q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, num_scored,
+                        scale, PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
                     )  # fmt: skip
                     tl.debug_barrier()
                     if step == 1:

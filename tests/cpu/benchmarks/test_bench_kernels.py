@@ -62,6 +62,16 @@ assert all(0.7 <= density < 0.8 for density in found), found
 """)
 
 
+def test_what_a_selection_split_is_not_counted_by_the_next():
+    run("""
+from vllm_flashprefill.kernels import schedule
+schedule.tiles_of_a_part = lambda *_: 3
+made = stages("bf16")
+assert made.density() > 0 and made.counters.any() and not made.schedule.counters.any()
+made.check()
+""")
+
+
 def test_a_wrong_output_over_an_e4m3_cache_fails():
     run("""
 made = stages("e4m3")
