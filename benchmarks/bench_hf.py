@@ -28,7 +28,7 @@ from scripts.generate import MODEL, make_prompts
 from tools.rows import RESULTS, append_row, commit_name
 from vllm_flashprefill import hf
 from vllm_flashprefill.api import flash_prefill
-from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
+from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset, preset_beside
 
 TOKENS = {"smollm2": [2048, 4096, 8192], "llama-8b": [4096, 8192, 16384, 32768, 65536, 131072]}
 CHECK_TOKENS = 2361
@@ -106,7 +106,10 @@ class Bench:
     def default_alpha(self) -> float:
         config = self.model.config
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return FlashPrefillConfig.from_options(env_options(), preset(config.model_type, head_size)).alpha
+        options = env_options()
+        return FlashPrefillConfig.from_options(
+            options, preset_beside(preset(config.model_type, head_size), options)
+        ).alpha
 
     def median_ms(self, ids: torch.Tensor, implementation: str) -> float:
         def timed() -> float:

@@ -33,7 +33,7 @@ from triton.testing import do_bench
 
 from benchmarks.kernel_data import DENSITY, structured_qkv
 from tools.rows import RESULTS, append_row, commit_name
-from vllm_flashprefill.config import PIECE_SCORES, FlashPrefillConfig
+from vllm_flashprefill.config import FlashPrefillConfig
 from vllm_flashprefill.kernels.block_mean import block_mean
 from vllm_flashprefill.kernels.block_select import block_select, score_scratch
 from vllm_flashprefill.kernels.configs import num_multiprocessors
@@ -107,7 +107,6 @@ class Stages:
         query_len: int = 0,
         lengths: tuple[int, ...] = (),
         piece_size: int = 8,
-        piece_score: str = "sum",
         beside: bool = False,
         kv_dtype: str = "bf16",
         compute_dtype: str = "auto",
@@ -139,7 +138,7 @@ class Stages:
         ) or (SparseRequest(0, 0, tokens, total - tokens, total),)
         self.plan = StepPlan(self.requests)
         self.heads, self.scale = q.shape[2], q.shape[3] ** -0.5
-        self.config = FlashPrefillConfig(piece_size=piece_size, piece_score=piece_score, compute_dtype=compute_dtype)
+        self.config = FlashPrefillConfig(piece_size=piece_size, compute_dtype=compute_dtype)
         self.schedule = self.make_schedule()
         self.mean = block_mean(self.kv, self.schedule)
         self.pieces = None
@@ -233,7 +232,7 @@ class Stages:
         )
         pieces = rows @ blocks[:-1].unflatten(1, (-1, self.config.piece_size)).mean(2).flatten(0, 1).T
         pieces = pieces.unflatten(1, (len(coarse), -1)).masked_fill((above < 0)[:, None], -torch.inf)
-        score = score_of_pieces_ref(pieces[None], self.config.piece_score)[0]
+        score = score_of_pieces_ref(pieces[None])[0]
         return score, score.max(), above.abs() < TIE
 
     def usual(self, q, k, v, p, context_len: int) -> torch.Tensor:
@@ -427,7 +426,7 @@ def measure(case: Case, commit: str, kinds: Sequence[str], **options: Any) -> It
             candidate_alpha=round(stages.config.candidate_alpha, 6) if stages.config.piece_size else "",
             kv_dtype=kv_dtype,
             compute_dtype=compute_dtype,
-            piece_score=stages.config.piece_score,
+            piece_score="row" if stages.config.piece_size else "",
         )
         del stages
 
@@ -436,7 +435,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=["table", "shapes"], default=["table"])
     parser.add_argument("--piece-size", type=int, default=FlashPrefillConfig.piece_size, help="(default: %(default)s)")
-    parser.add_argument("--piece-score", choices=PIECE_SCORES, default=FlashPrefillConfig.piece_score)
     parser.add_argument(
         "--beside",
         action="store_true",
@@ -457,7 +455,7 @@ def main() -> None:
     for case in [case for name in args.cases for case in {"table": TABLE, "shapes": SHAPES}[name]]:
         if args.tokens and sum(case.lengths) not in args.tokens:
             continue
-        options = dict(piece_size=args.piece_size, piece_score=args.piece_score, beside=args.beside)
+        options = dict(piece_size=args.piece_size, beside=args.beside)
         for row in measure(case, commit, args.kinds, **options):
             if not args.beside:
                 append_row(args.csv, row)

@@ -38,7 +38,7 @@ import numpy as np
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_30B_A3B
 from evaluation.engine import configure
 from tools.rows import RESULTS, append_row, commit_name
-from vllm_flashprefill.config import COMPUTE_DTYPES, PIECE_SCORES
+from vllm_flashprefill.config import COMPUTE_DTYPES
 
 SHAPES = {"llama-8b": LLAMA_8B, "llama-70b": LLAMA_70B, "qwen3-30b-a3b": QWEN3_30B_A3B}
 # What a shape does not say.
@@ -210,8 +210,8 @@ class FixedDensity:
     """In place of `block_select`: stage 3, then as many blocks for each query block as give the published density.
 
     Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all.
-    `candidate_alpha` leaves as many blocks for the pieces to choose from as a real model has, and where scores by row
-    take a second pass over what `alpha` leaves, that is as many as are kept.
+    `candidate_alpha` leaves as many blocks for the pieces to choose from as a real model has, and `alpha` as many for
+    the second pass over them as are kept.
     """
 
     def __init__(self) -> None:
@@ -268,7 +268,7 @@ class FixedDensity:
 
     @staticmethod
     def _with_candidates(select, config, kept: int, visible: int):
-        """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept; by row, `alpha` these."""
+        """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept, and `alpha` these."""
         import torch
 
         from benchmarks.bench_kernels import CANDIDATES, largest
@@ -284,9 +284,7 @@ class FixedDensity:
         # With the least alpha all candidates are kept.
         every, candidates = dataclasses.replace(config, alpha=1e-30), min(visible, CANDIDATES * kept)
         found = largest(every, "candidate_alpha", lambda tried: keeps(tried, candidates), 16)
-        if config.piece_score == "row":
-            return largest(found, "alpha", lambda tried: keeps(tried, kept), 16)
-        return dataclasses.replace(found, alpha=config.alpha)
+        return largest(found, "alpha", lambda tried: keeps(tried, kept), 16)
 
     def _lists(self, heads: int, schedule, slab, config, parts):
         import torch
@@ -347,10 +345,8 @@ def measure(backend: str, model: Path, out: Path, args: argparse.Namespace) -> N
     if sparse:
         import vllm_flashprefill
 
-        # By row an engine asks for an alpha; `FixedDensity` finds one for each length.
-        score = {"piece_score": "row", "alpha": 0.5} if args.piece_score == "row" else {}
         # Short prompts are made sparse here, of which nearly everything is kept.
-        vllm_flashprefill.register(max_density=1.0, compute_dtype=args.compute_dtype, **score)
+        vllm_flashprefill.register(max_density=1.0, compute_dtype=args.compute_dtype)
     started = time.perf_counter()
     # The check's prompts fit too: in shorter ones, chunks make no difference to compare with.
     longest = max(args.tokens) + (max(args.cached) if args.append else 0)
@@ -455,7 +451,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of both backends' caches")
     parser.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="auto", help="FlashPrefill's option")
-    parser.add_argument("--piece-score", choices=PIECE_SCORES, default="sum", help="FlashPrefill's option")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer's heads")
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="GPUs, or groups of them, with layers each")
     parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: a quicker start")
@@ -544,7 +539,6 @@ def model_name(args: argparse.Namespace) -> str:
     parts += [f"tensor parallel {args.tensor_parallel}"] * (args.tensor_parallel > 1)
     parts += [f"pipeline parallel {args.pipeline_parallel}"] * (args.pipeline_parallel > 1)
     parts += ["fp8 cache"] * (args.kv_cache_dtype == "fp8") + ["fp8 products"] * (args.compute_dtype == "fp8")
-    parts += ["scored by row"] * (args.piece_score == "row")
     return ", ".join(parts + ["eager"] * args.eager)
 
 

@@ -84,7 +84,7 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
     common = dict(
         HEAD_SIZE=head_size, BLOCK=128, NUM_HEADS=32, GROUP=4, FP8=False, FP8_NATIVE=arch >= 89,
         NUM_SINK_BLOCKS=2, NUM_WINDOW_BLOCKS=4, BLOCK_LIST=512, Q_COLUMNS=head_size, KV_COLUMNS=head_size,
-        PIECES=0, BY_ROW=False, PAGE_SIZE=0, HAS_SINKS=False, SPLIT=False, ROWS=parts.ROWS,
+        PIECES=0, PAGE_SIZE=0, HAS_SINKS=False, SPLIT=False, ROWS=parts.ROWS,
     )  # fmt: skip
 
     def case(kernel, name, launch, absent=(), **values):
@@ -101,14 +101,13 @@ def cases(arch: int, dtype: str, head_size: int, page_sizes: list[int], fp8: lis
             "ONE_LOOP": getattr(config, "one_loop", None),
         }  # fmt: skip
 
-    by_row = {" with pieces, by row": dict(PIECES=16, BY_ROW=True)}
-    for name, values in {**PIECES, **by_row}.items():
+    for name, values in PIECES.items():
         select = {**configs.SELECT, **(configs.SELECT_PIECES if values["PIECES"] else {})}[kind, head_size]
         whole = ["piece_ptr"] * (not values["PIECES"])
         kinds = {"": ["q_scale_ptr", "parts_ptr"]}
-        if 0 in page_sizes and name not in by_row:
+        if 0 in page_sizes:
             kinds[", uncounted"] = ["q_scale_ptr", "parts_ptr", "block_counts_ptr"]
-        if True in fp8 and name not in by_row:
+        if True in fp8:
             kinds[", e4m3 queries"] = ["parts_ptr"]
             kinds[", split"] = ["q_scale_ptr"]
         for counted, absent in kinds.items():

@@ -49,10 +49,10 @@ def newest(rows: list[Row], *columns: str) -> list[Row]:
     return [last[numbers] for numbers in sorted(last)]
 
 
-def kernel_rows(path: Path, gpu: str | None = None, piece_size: str = "8", piece_score: str = "sum") -> list[Row]:
+def kernel_rows(path: Path, gpu: str | None = None, piece_size: str = "8") -> list[Row]:
     """The newest row of each length of one GPU: one plain prompt in bf16, 32/8 heads of 128, dense timed beside it."""
     shape = dict(heads="32", kv_heads="8", head_size="128", page_size="0", prompts="1", kv_dtype="bf16")
-    plain = dict(**shape, gpu=gpu, piece_size=piece_size, piece_score=piece_score)
+    plain = dict(**shape, gpu=gpu, piece_size=piece_size, piece_score="row" if piece_size != "0" else None)
     rows = [row for row in read_rows(path, **plain) if row["queries"] == row["tokens"] and row["times_fa2"]]
     return newest([row for row in rows if row["gpu"] == rows[-1]["gpu"]], "tokens")
 

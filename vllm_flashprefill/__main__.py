@@ -90,7 +90,8 @@ def show_model(model: str, vllms_arguments: Sequence[str]) -> None:
     kind, head_size = model_config.hf_config.model_type, said_head_size(model_config)
     print(f"model: {kind}, heads of {head_size or 'a size that its config does not say'}, {model}")
     print(f"options: {listed(dataclasses.asdict(config))}")
-    print(f"preset for {kind} with heads of {head_size}: {listed(preset(kind, head_size)) or 'none'}")
+    if config.piece_size == 0:
+        print(f"preset for {kind} with heads of {head_size}: {listed(preset(kind, head_size)) or 'none'}")
     backend, capability = engine_checks.backend_and_capability(vllm_config)
     nothing = engine_dense_reason(vllm_config, config, backend, capability)
     print_layers(layer_dense_words(vllm_config, config), nothing)

@@ -5,7 +5,7 @@ An option is taken from the first of these that names it:
 1. vLLM's ``--additional-config '{"flashprefill": {"alpha": 0.1}}'``
 2. an environment variable, ``FLASHPREFILL_ALPHA=0.1``
 3. code, ``vllm_flashprefill.register(alpha=0.1)``
-4. the preset of the model family and head size (`PRESETS`, `PRESETS_BY_HEAD_SIZE`)
+4. the preset of the model family and head size (`PRESETS`, `PRESETS_BY_HEAD_SIZE`), where blocks are scored whole
 5. the default of `FlashPrefillConfig`; in an engine for sequences longer than `LONG_SEQUENCE`, pieces of 16
 """
 
@@ -22,19 +22,21 @@ from typing import Any
 
 BLOCK_SIZE = 128
 PIECE_SIZES = (0, 4, 8, 16, 32, 64)
-PIECE_SCORES = ("sum", "row")
 COMPUTE_DTYPES = ("auto", "fp8")
 # From this length on, pieces of 8 keys would take more than 128 MiB of a GPU that holds 8 KV heads of 128.
 LONG_SEQUENCE = 512 * 1024
 # Options and what is computed of them are int32 in the kernels.
 MAX_INTEGER = 2**31 - 1
 
-# alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen3-30B-A3B, Qwen2.5-VL and Qwen3-VL-MoE (arXiv
-# 2603.06199), though for the score of whole blocks; qwen2's keeps 17 % with pieces, as the published 0.08 does without
-# (Qwen2.5-Coder-1.5B at 32,000 tokens, docs/scores.md). All of them have heads of 128.
+# alpha where none is given. With pieces it keeps 15.6 % of the blocks of 32,000 tokens of Qwen2.5-Coder-1.5B, which
+# answers no worse than with dense attention (docs/accuracy.md).
+PIECES_ALPHA, WHOLE_ALPHA = 0.73, 0.05
+
+# alpha by Hugging Face `model_type`, as published for Llama-3.1-8B, Qwen2.5-7B, Qwen3-30B-A3B, Qwen2.5-VL and
+# Qwen3-VL-MoE (arXiv 2603.06199) and the score of whole blocks. All of them have heads of 128.
 PRESETS: dict[str, dict[str, float]] = {
     "llama": {"alpha": 0.18},
-    "qwen2": {"alpha": 0.06},
+    "qwen2": {"alpha": 0.08},
     "qwen3_moe": {"alpha": 0.12},
     "qwen2_5_vl": {"alpha": 0.10},
     "qwen3_vl_moe": {"alpha": 0.22},
@@ -67,8 +69,10 @@ class FlashPrefillConfig:
     """Which key blocks a prefill may skip, and which prefills may skip any.
 
     Attributes:
-        alpha: a key block is kept where its score is at least this fraction of the best block's;
-            in [0, 1]. 0 keeps every block, which is dense attention.
+        alpha: a key block is kept where one of the query block's rows gives one of its pieces at least this fraction of
+            what it gives its best piece; without pieces, where the block's score is at least this fraction of the best
+            block's. In [0, 1]; 0 keeps every block, which is dense attention. None: `PIECES_ALPHA`, or `WHOLE_ALPHA`
+            without pieces.
         block_size: tokens of a query or key block; 128.
         num_sink_blocks: key blocks at the start of the sequence that are always kept.
         num_window_blocks: most recent key blocks, the query's own among them, always kept; at least 1.
@@ -80,9 +84,6 @@ class FlashPrefillConfig:
         num_dense_layers: this many first layers of the model stay dense.
         piece_size: keys of the pieces by whose mean keys a block is scored; 4, 8, 16, 32 or 64. 0: by the mean key of
             the whole block, as published, which loses facts.
-        piece_score: what a block's score is, with pieces. "sum": the sum over the rows of the query block, as published
-            for whole blocks, so that rows with large logits have the say. "row": the largest of the rows' scores, each
-            a fraction of that row's best block, so that each row keeps what it looks at; alpha is then that fraction.
         candidate_alpha: with pieces, only blocks that the published score puts at this fraction of the best block's are
             looked at; in [0, 1]. 0 looks at every block.
         max_density: in vLLM, a layer that was seen to keep more than this share of its key blocks is dense for a while;
@@ -91,21 +92,22 @@ class FlashPrefillConfig:
             e4m3, which is less exact; only with a KV cache in e4m3, on Hopper GPUs, for heads of 64 or 128.
     """
 
-    alpha: float = 0.05
+    alpha: float | None = None
     block_size: int = BLOCK_SIZE
     num_sink_blocks: int = 2
     num_window_blocks: int = 4
     num_dense_tail_blocks: int = 2
     min_sparse_tokens: int = 4096
-    min_append_tokens: int = 2048
+    min_append_tokens: int = 2560
     num_dense_layers: int = 0
     piece_size: int = 8
-    piece_score: str = "sum"
     candidate_alpha: float = 0.01
     max_density: float = 0.8
     compute_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", PIECES_ALPHA if self.piece_size else WHOLE_ALPHA)
         for name in ("alpha", "candidate_alpha", "max_density"):
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value <= 1.0:
@@ -118,10 +120,6 @@ class FlashPrefillConfig:
             raise ValueError(f"flashprefill: block_size must be {BLOCK_SIZE}, not {self.block_size}")
         if self.piece_size not in PIECE_SIZES:
             raise ValueError(f"flashprefill: piece_size must be one of {PIECE_SIZES}, not {self.piece_size}")
-        if self.piece_score not in PIECE_SCORES:
-            raise ValueError(f"flashprefill: piece_score must be one of {PIECE_SCORES}, not {self.piece_score!r}")
-        if self.piece_score == "row" and not self.piece_size:
-            raise ValueError('flashprefill: piece_score "row" needs pieces, and piece_size is 0')
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(f"flashprefill: compute_dtype must be one of {COMPUTE_DTYPES}, not {self.compute_dtype!r}")
 
@@ -193,7 +191,7 @@ _INTEGER_OPTIONS = {
     "piece_size": 0,
 }
 # Those of the others that are no numbers.
-TEXT_OPTIONS = ("piece_score", "compute_dtype")
+TEXT_OPTIONS = ("compute_dtype",)
 DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/scores.md)"}
 OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
 # All environment variables that mean something here.
@@ -290,19 +288,13 @@ def preset(model_type: str | None, head_size: int | None) -> Mapping[str, Any]:
 
 
 def preset_beside(preset: Mapping[str, Any], *options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a preset still says beside options: nothing where blocks are scored by row, for which its alpha is not.
+    """What a preset says beside options, the first of which wins: nothing with pieces, for which its alpha is not.
 
-    Raises:
-        ValueError: they are scored by row and no alpha is given.
+    Where alpha alone is given, it is for pieces whatever the model.
     """
-    if not any(source.get("piece_score") == "row" for source in options):
-        return preset
-    if not any("alpha" in source for source in options):
-        raise ValueError(
-            'flashprefill: piece_score "row" needs an alpha: presets and the default are for "sum"; 0.56 keeps as much '
-            "of Qwen2.5-Coder-1.5B"
-        )
-    return {}
+    alone = any("alpha" in source for source in options)
+    chosen = (*options, {"piece_size": FlashPrefillConfig.piece_size}) if alone else (*options, preset)
+    return preset if next((source["piece_size"] for source in chosen if "piece_size" in source), None) == 0 else {}
 
 
 def _preset(vllm_config: Any) -> Mapping[str, Any]:

@@ -77,10 +77,9 @@ def piece_score_ref(
     """Stages 1 and 2 with pieces: how much of its attention a query block would give to the pieces of its candidates.
 
     Candidates are the key blocks before the query block's own whose sum over its rows of exp(s[row, block]), s with
-    the block's mean key, is at least `candidate_alpha` of the largest one. A candidate's score is the sum over rows and
-    over its pieces of exp(s[row, piece] - m), s with the piece's mean key and m the largest of the candidates'. With
-    `piece_score` "row" it is the largest over rows and its pieces of exp(s[row, piece] - m[row]), m[row] the row's
-    largest.
+    the block's mean key, is at least `candidate_alpha` of the largest one. A candidate's score is the largest over rows
+    and over its pieces of exp(s[row, piece] - m[row]), s with the piece's mean key and m[row] the row's largest of all
+    candidates' pieces.
 
     Args:
         q: [T, H, D], queries of this chunk. k: [S, G, D], keys of the whole sequence so far.
@@ -108,20 +107,18 @@ def piece_score_ref(
             )
             s = (softmax_scale * (rows @ pieces[:, :, : own * num_pieces])).unflatten(2, (own, num_pieces))
             s = s.masked_fill((coarse < least)[:, None, :, None], -torch.inf)
-            score[:, :own] = score_of_pieces_ref(s, config.piece_score)
+            score[:, :own] = score_of_pieces_ref(s)
         scores.append(score)
     return torch.stack(scores, dim=1)
 
 
-def score_of_pieces_ref(s: torch.Tensor, piece_score: str) -> torch.Tensor:
-    """The scores of blocks, [H, blocks], by `piece_score`, from the logits of rows with their pieces.
+def score_of_pieces_ref(s: torch.Tensor) -> torch.Tensor:
+    """The scores of blocks, [H, blocks], from the logits of rows with their pieces.
 
     Args:
         s: [H, R, blocks, pieces], -inf throughout a block that is no candidate; its score is 0.
     """
-    if piece_score == "row":
-        return (s - s.amax(dim=(2, 3), keepdim=True)).amax(dim=(1, 3)).exp()
-    return (s - s.amax(dim=(1, 2, 3), keepdim=True)).exp().sum(dim=(1, 3))
+    return (s - s.amax(dim=(2, 3), keepdim=True)).amax(dim=(1, 3)).exp()
 
 
 def block_select_ref(

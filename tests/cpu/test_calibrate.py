@@ -62,7 +62,7 @@ def model_folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("others", [{}, {"piece_size": 0}, {"piece_size": 16, "candidate_alpha": 0.02}], ids=str)
+@pytest.mark.parametrize("others", [{"piece_size": 0}, {"piece_size": 0, "num_sink_blocks": 1}], ids=str)
 def test_a_preset_has_the_density_asked_for_and_loads(others, model_folder, monkeypatch, capsys):
     out = model_folder / "preset.json"
     arguments = ["--density", "0.88", "--length", "2300", "--text", str(model_folder / "text"), "--last", "64"]
@@ -158,7 +158,7 @@ def test_bad_arguments_are_one_clear_error(arguments, message, monkeypatch, caps
 
 def test_a_layer_with_a_sliding_window_stays_dense():
     q, k, v = (torch.randn(1, heads, 1500, 16) for heads in (2, 1, 1))
-    attention = Attention(config=FlashPrefillConfig(alpha=1.0))
+    attention = Attention(config=FlashPrefillConfig(alpha=1.0, piece_size=0))
     module = SimpleNamespace(layer_idx=0)
     out, _ = attention(module, q, k, v, None, 0.25, sliding_window=100)
     assert attention.density == 1.0

@@ -32,7 +32,7 @@ def test_each_source_wins_over_the_next():
     code = {"FLASHPREFILL_CODE_OPTIONS": json.dumps({"alpha": 0.3, "num_sink_blocks": 5, "num_window_blocks": 7})}
     env = {**code, "FLASHPREFILL_ALPHA": "0.2", "FLASHPREFILL_NUM_SINK_BLOCKS": "6"}
 
-    assert FlashPrefillConfig.from_vllm(vllm_config(), {}).alpha == PRESETS["llama"]["alpha"]
+    assert FlashPrefillConfig.from_vllm(vllm_config(), {}).alpha == 0.73
     assert FlashPrefillConfig.from_vllm(vllm_config(), code).alpha == 0.3
     assert FlashPrefillConfig.from_vllm(vllm_config(), env).alpha == 0.2
     config = FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.1}), env)
@@ -41,6 +41,7 @@ def test_each_source_wins_over_the_next():
 
 def test_an_option_that_is_no_number_comes_from_each_source(monkeypatch):
     def found(options=None, **environ):
+        options = {"piece_size": 0, **(options or {})}
         return FlashPrefillConfig.from_vllm(vllm_config(options), environ).compute_dtype
 
     assert found() == "auto"
@@ -59,26 +60,31 @@ def test_a_model_without_preset_gets_the_default():
 
 def test_presets_are_for_the_head_size_they_were_published_with():
     text_config = SimpleNamespace(num_attention_heads=32, hidden_size=2048, head_dim=128)
-    inner = FlashPrefillConfig.from_vllm(vllm_config(model_type="qwen3_vl_moe", text_config=text_config), {})
+    whole = {"piece_size": 0}
+    inner = FlashPrefillConfig.from_vllm(vllm_config(whole, model_type="qwen3_vl_moe", text_config=text_config), {})
     assert inner.alpha == PRESETS["qwen3_vl_moe"]["alpha"]
     small = vllm_config(num_attention_heads=9, hidden_size=576)
     assert FlashPrefillConfig.from_vllm(small, {}).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
-    for other in (vllm_config(num_attention_heads=32, hidden_size=2560), vllm_config(model_type="qwen2", head_dim=64)):
-        assert FlashPrefillConfig.from_vllm(other, {}) == FlashPrefillConfig()
+    for other in (dict(num_attention_heads=32, hidden_size=2560), dict(model_type="qwen2", head_dim=64)):
+        assert FlashPrefillConfig.from_vllm(vllm_config(whole, **other), {}) == FlashPrefillConfig(piece_size=0)
 
 
-def test_presets_are_for_the_sum_over_rows():
+def test_presets_and_the_default_alpha_are_for_blocks_scored_whole_or_by_pieces():
+    assert (FlashPrefillConfig().alpha, FlashPrefillConfig(piece_size=0).alpha) == (0.73, 0.05)
+    assert FlashPrefillConfig.from_vllm(vllm_config(), {}) == FlashPrefillConfig()
+    by_variable = {"FLASHPREFILL_PIECE_SIZE": "0"}
+    assert FlashPrefillConfig.from_vllm(vllm_config(), by_variable).alpha == PRESETS["llama"]["alpha"]
+    assert FlashPrefillConfig.from_vllm(vllm_config({"piece_size": 16}), by_variable).alpha == 0.73
+    assert FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.3}), by_variable).alpha == 0.3
+    # That of heads of 64 asks for whole blocks itself.
     small = dict(num_attention_heads=9, hidden_size=576)
-    config = FlashPrefillConfig.from_vllm(vllm_config({"piece_score": "row", "alpha": 0.5}, **small), {})
-    assert (config.piece_score, config.alpha, config.piece_size) == ("row", 0.5, 8)
-    by_variable = {"FLASHPREFILL_PIECE_SCORE": "row", "FLASHPREFILL_ALPHA": "0.5"}
-    assert FlashPrefillConfig.from_vllm(vllm_config(**small), by_variable) == config
-    with pytest.raises(ValueError, match='piece_score "row" needs an alpha'):
-        FlashPrefillConfig.from_vllm(vllm_config(), {"FLASHPREFILL_PIECE_SCORE": "row"})
-    with pytest.raises(ValueError, match="needs pieces"):
-        FlashPrefillConfig.from_vllm(vllm_config({"piece_size": 0}), by_variable)
-    as_sum = FlashPrefillConfig.from_vllm(vllm_config({"piece_score": "sum"}), {})
-    assert as_sum.alpha == PRESETS["llama"]["alpha"]
+    preset = PRESETS_BY_HEAD_SIZE[64]["llama"]
+    assert FlashPrefillConfig.from_vllm(vllm_config(**small), {}) == FlashPrefillConfig(**preset)
+    assert FlashPrefillConfig.from_vllm(vllm_config({"piece_size": 8}, **small), {}) == FlashPrefillConfig()
+    # alpha alone is for pieces whatever the model.
+    assert FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.3}, **small), {}) == FlashPrefillConfig(alpha=0.3)
+    given = FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.3}, **small), by_variable)
+    assert given == FlashPrefillConfig(alpha=0.3, piece_size=0)
 
 
 class PerLayerConfig:
@@ -133,9 +139,6 @@ def test_presets_are_valid_options():
         ({"piece_size": 12}, "piece_size must be one of (0, 4, 8, 16, 32, 64), not 12"),
         ({"piece_size": 8.0}, "piece_size must be an integer in [0, 2147483647], not 8.0"),
         ({"piece_size": -8}, "piece_size must be an integer in [0, 2147483647], not -8"),
-        ({"piece_score": "rows"}, "piece_score must be one of ('sum', 'row'), not 'rows'"),
-        ({"piece_score": 0}, "piece_score must be one of ('sum', 'row'), not 0"),
-        ({"alpha": 0.5, "piece_score": "row", "piece_size": 0}, 'piece_score "row" needs pieces, and piece_size is 0'),
         ({"max_density": 1.01}, "max_density must be a number in [0, 1], not 1.01"),
         ({"max_density": -1}, "max_density must be a number in [0, 1], not -1"),
         ({"max_density": "0.5"}, "max_density must be a number in [0, 1], not '0.5'"),
@@ -290,7 +293,6 @@ def test_pieces_are_larger_in_an_engine_for_very_long_sequences():
     assert [size(length) for length in (4096, 524_288, 524_289, 1 << 20)] == [8, 8, 16, 16]
     assert size(1 << 20, {"piece_size": 0}) == 0
     assert size(1 << 20, FLASHPREFILL_PIECE_SIZE="8") == 8
-    assert size(1 << 20, {"piece_score": "row", "alpha": 0.5}) == 16
 
 
 def test_enabled_takes_0_and_1_only():

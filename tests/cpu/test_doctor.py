@@ -11,7 +11,6 @@ import torch
 
 from tests.cpu.backend.test_engine_routing import GEMMA, model
 from vllm_flashprefill import __main__ as doctor
-from vllm_flashprefill.config import PRESETS
 from vllm_flashprefill.patches import registration
 
 ROOT = Path(__file__).parents[2]
@@ -162,24 +161,27 @@ def test_a_model_whose_layers_are_all_sparse(capsys, engine):
     engine()
     status, lines, errors = run(capsys, "--model", "M")
     assert (status, errors) == (0, [])
-    assert lines[-5] == "model: llama, heads of 128, M"
-    assert f"alpha {PRESETS['llama']['alpha']}, block_size 128" in lines[-4]
-    assert lines[-3] == f"preset for llama with heads of 128: alpha {PRESETS['llama']['alpha']}"
+    assert lines[-4] == "model: llama, heads of 128, M"
+    assert "alpha 0.73, block_size 128" in lines[-3]
     assert lines[-2:] == [
         "layers 0-3: sparse",
         "prompts: sparse from 4096 tokens on; a sequence has at most 32768",
     ]
 
 
+def test_the_preset_where_there_is_one(capsys, engine, monkeypatch):
+    engine()
+    monkeypatch.setenv("FLASHPREFILL_PIECE_SIZE", "0")
+    _, lines, _ = run(capsys, "--model", "M")
+    assert "alpha 0.18, block_size 128" in lines[-4]
+    assert lines[-3] == "preset for llama with heads of 128: alpha 0.18"
+
+
 def test_layers_by_reason(capsys, engine, monkeypatch):
     engine(hf={**GEMMA, "model_type": "gemma3"})
     status, lines, _ = run(capsys, "--model", "M")
     assert status == 0
-    assert lines[-4:-1] == [
-        "preset for gemma3 with heads of 128: none",
-        "layers 0-2: dense, sliding_window",
-        "layers 3: sparse",
-    ]
+    assert lines[-3:-1] == ["layers 0-2: dense, sliding_window", "layers 3: sparse"]
     registration.revert()
     monkeypatch.setenv("FLASHPREFILL_NUM_DENSE_LAYERS", "1")
     engine(hf={"layer_types": ["full_attention", "linear_attention"] * 2, "num_kv_shared_layers": 1})

@@ -12,7 +12,6 @@ from tests.support.plain_cases import SCALE, request_strategy, tensors
 from tests.support.request import paged
 from vllm_flashprefill import FlashPrefillConfig
 from vllm_flashprefill.api import flash_prefill_varlen
-from vllm_flashprefill.config import PIECE_SCORES
 from vllm_flashprefill.key_values import KeyValues
 from vllm_flashprefill.plan import plan_step
 from vllm_flashprefill.reference import (
@@ -108,34 +107,13 @@ def alike_in_pieces(k, size):
 
 
 @pytest.mark.parametrize("context_len", [0, 301, 384])
-def test_pieces_of_equal_keys_score_exact_masses(context_len):
+def test_pieces_of_equal_keys_score_the_largest_share_of_a_rows_best_key(context_len):
     seq_len = context_len + 500
     q, k, _ = tensors(500, seq_len, heads=2, kv_heads=1)
     k = alike_in_pieces(k, 4)
     config = FlashPrefillConfig(piece_size=4, candidate_alpha=0.0)
     score = piece_score_ref(q, k, context_len=context_len, config=config, softmax_scale=SCALE)
-    first = context_len // 128
-    assert score.shape == (2, -(-seq_len // 128) - first, -(-seq_len // 128))
-    for index in range(score.shape[1]):
-        own = first + index
-        assert (score[:, index, own:] == 0).all()
-        if not own:
-            continue
-        rows = torch.arange(max(context_len, own * 128), min(seq_len, (own + 1) * 128)) - context_len
-        for head in range(2):
-            logits = SCALE * q[rows, head].double() @ k[: own * 128, 0].double().T
-            mass = logits.exp().sum(dim=0).view(own, 128).sum(dim=1)
-            share = score[head, index, :own].double()
-            torch.testing.assert_close(share / share.sum(), mass / mass.sum(), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("context_len", [0, 301])
-def test_pieces_of_equal_keys_score_each_row_by_its_own_best_block(context_len):
-    seq_len = context_len + 500
-    q, k, _ = tensors(500, seq_len, heads=2, kv_heads=1)
-    k = alike_in_pieces(k, 4)
-    config = FlashPrefillConfig(piece_size=4, candidate_alpha=0.0, piece_score="row")
-    score = piece_score_ref(q, k, context_len=context_len, config=config, softmax_scale=SCALE)
+    assert score.shape == (2, -(-seq_len // 128) - context_len // 128, -(-seq_len // 128))
     for index in range(score.shape[1]):
         own = context_len // 128 + index
         assert (score[:, index, own:] == 0).all()
@@ -147,7 +125,7 @@ def test_pieces_of_equal_keys_score_each_row_by_its_own_best_block(context_len):
             torch.testing.assert_close(score[head, index, :own].double(), expected, rtol=1e-4, atol=0)
 
 
-def test_a_row_keeps_by_row_what_the_others_outweigh():
+def test_a_row_keeps_what_the_others_outweigh():
     q, k, _ = tensors(1400, 1400, heads=1, kv_heads=1)
     # Every row but one has large logits with block 1, that one only with block 5.
     direction = torch.nn.functional.normalize(q[0, 0], dim=0)
@@ -157,21 +135,22 @@ def test_a_row_keeps_by_row_what_the_others_outweigh():
     k[640:648, 0] += 3 * q[1100, 0]
     arguments = dict(context_len=0, softmax_scale=SCALE)
     config = FlashPrefillConfig(candidate_alpha=0.0)
-    by_sum = piece_score_ref(q, k, config=config, **arguments)[0, 8]
-    by_row = piece_score_ref(q, k, config=dataclasses.replace(config, piece_score="row"), **arguments)[0, 8]
-    assert by_sum[5] < 0.01 * by_sum[1]
-    assert by_row[1] == by_row[5] == 1
+    pieces = piece_score_ref(q, k, config=config, **arguments)[0, 8]
+    assert pieces[1] == pieces[5] == 1
+    # By the sum over rows, as blocks scored whole are.
+    whole = block_score_ref(q, block_mean_ref(k, 8), block_size=8, **arguments)[0, 128:144]
+    assert whole[:, 80].max() < 0.01 * whole[:, 16:32].max()
 
 
 def test_one_strong_key_shows_in_its_piece_and_not_in_the_mean_of_its_block():
     q, k, _ = tensors(1400, 1400, heads=1, kv_heads=1)
     k[300, 0] += 22 * q[1100, 0]
     config = FlashPrefillConfig(candidate_alpha=0.0)
-    arguments = dict(context_len=0, softmax_scale=SCALE)
-    pieces = piece_score_ref(q, k, config=config, **arguments)[0, 1100 // 128]
-    whole = block_score_ref(q, block_mean_ref(k, 128), block_size=128, **arguments)[0, 1100 // 128]
+    arguments = dict(context_len=1100, softmax_scale=SCALE)
+    pieces = piece_score_ref(q[1100:1101], k[:1101], config=config, **arguments)[0, 0]
+    whole = block_score_ref(q[1100:1101], block_mean_ref(k[:1101], 128), block_size=128, **arguments)[0, 0]
     others = [0, 1, 3, 4, 5, 6, 7]
-    assert pieces[2] > 10 * pieces[others].max()
+    assert pieces[2] == 1 > 2 * pieces[others].max()
     assert whole[2] < whole[others].max()
 
 
@@ -209,16 +188,12 @@ def test_candidate_alpha_0_looks_at_every_block():
 
 def test_piece_scores_survive_logits_no_exponential_can_hold():
     q, k, _ = tensors(700, 700)
-    for piece_score in PIECE_SCORES:
-        config = FlashPrefillConfig(piece_score=piece_score)
-        score = piece_score_ref(100 * q, k, context_len=0, config=config, softmax_scale=1.0)
-        assert torch.isfinite(score).all()
-        assert (score[:, 1:].amax(dim=-1) >= 1).all()
+    score = piece_score_ref(100 * q, k, context_len=0, config=FlashPrefillConfig(), softmax_scale=1.0)
+    assert torch.isfinite(score).all()
+    assert (score[:, 1:].amax(dim=-1) >= 1).all()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"candidate_alpha": 1.0}, {"piece_size": 64}, {"piece_size": 0}, {"piece_score": "row"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"candidate_alpha": 1.0}, {"piece_size": 64}, {"piece_size": 0}], ids=str)
 def test_alpha_0_keeps_everything(options):
     q, k, _ = tensors(1500, 1700)
     config = FlashPrefillConfig(alpha=0.0, num_sink_blocks=0, num_window_blocks=1, num_dense_tail_blocks=0, **options)
@@ -241,7 +216,7 @@ def test_what_is_always_kept():
 
 def test_the_dense_tail_is_the_prompts_not_the_chunks():
     q, k, _ = tensors(1280, 2560)
-    config = FlashPrefillConfig(alpha=1.0)
+    config = FlashPrefillConfig(alpha=1.0, piece_size=0)
     kept = {
         prompt_len: select_blocks_ref(
             q, k[:1280], context_len=0, prompt_len=prompt_len, config=config, softmax_scale=SCALE
@@ -252,9 +227,7 @@ def test_the_dense_tail_is_the_prompts_not_the_chunks():
     assert kept[2560][:, -2:].sum() < 4 * (9 + 10)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"piece_size": 32, "candidate_alpha": 0.2}, {"piece_size": 0}, {"piece_score": "row"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"piece_size": 32, "candidate_alpha": 0.2}, {"piece_size": 0}], ids=str)
 @pytest.mark.parametrize("chunk", [128, 512, 896])
 def test_aligned_chunks_select_what_one_pass_selects(chunk, options):
     config = FlashPrefillConfig(alpha=0.5, **options)

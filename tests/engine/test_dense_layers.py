@@ -15,7 +15,7 @@ if vllm_version() == "0.10.0":
         allow_module_level=True,
     )
 
-OPTIONS = {"alpha": 1.0, "min_sparse_tokens": 256, "num_sink_blocks": 1, "num_window_blocks": 1}
+OPTIONS = {"alpha": 1.0, "piece_size": 0, "min_sparse_tokens": 256, "num_sink_blocks": 1, "num_window_blocks": 1}
 SHAPE = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 PROMPT = [(7 * i * i + 3 * i) % 500 for i in range(1200)]

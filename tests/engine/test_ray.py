@@ -15,7 +15,7 @@ if importlib.util.find_spec("ray") is None:
 
 from tests.support.ray_cpu import OTHER, ray_cluster
 
-SPARSE = {"alpha": 1.0, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
+SPARSE = {"alpha": 1.0, "piece_size": 0, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
 # vLLM 0.24.0 has a second Ray executor, and takes it unless this says no.
 SECOND = vllm_version() not in ("0.10.0", "0.12.0")
 

@@ -9,7 +9,7 @@ if vllm_version() != "0.12.0":
 
 RANKS = 2
 # Random weights make all blocks score alike.
-SPARSE = {"alpha": 1.0, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
+SPARSE = {"alpha": 1.0, "piece_size": 0, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
 
 
 @pytest.fixture(scope="module")

@@ -277,8 +277,8 @@ def check_select(batch, config, scale):
         relative = score / score.amax(dim=-1, keepdim=True)
         found = torch.exp2(log2_score - log2_score.nan_to_num(-math.inf).amax(dim=-1, keepdim=True))
         scored = ~log2_score.isnan() & ~relative.isnan() & ~found.isnan()
-        if config.piece_score == "row":
-            # Those under alpha are left without a score.
+        if config.piece_size:
+            # Those under alpha may be left without a score.
             found = torch.where((found == 0) & (relative < config.alpha), relative, found)
         assert ((found - relative).abs() <= 0.01 * relative + 1e-6)[scored & ~tie].all()
         if config.alpha > 0:

@@ -41,7 +41,7 @@ def compile_kernels(
         if not impl.may_be_sparse:
             continue
         config = impl.flashprefill_config
-        names = ("num_pieces", "piece_score", "num_sink_blocks", "num_window_blocks", "compute_dtype")
+        names = ("num_pieces", "num_sink_blocks", "num_window_blocks", "compute_dtype")
         constants = tuple(getattr(config, name) for name in names)
         dtypes = dtype, has_e4m3_cache(impl), has_quantised_query(impl)
         sinks = getattr(impl, "sinks", None)

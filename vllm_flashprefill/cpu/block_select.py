@@ -62,29 +62,28 @@ def block_select_cpu(
             score = torch.zeros_like(score)
             if len(looked_at):
                 s = logits(some, pieces[:, looked_at].flatten(1, 2).transpose(1, 2))
-                score_pieces = _score_by_row if config.piece_score == "row" else _score
-                score[:, :, looked_at] = score_pieces(s, candidate[:, :, looked_at])
+                score[:, :, looked_at] = _score_pieces(s, candidate[:, :, looked_at])
         kept[:, some, :stop] = score >= config.alpha * score.amax(dim=-1, keepdim=True)
     return (kept | always) & (j <= i)
 
 
 def _score(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """[H, n, blocks], the sum over rows and pieces of exp(s), over the largest term; 0 for blocks that do not count.
+    """[H, n, blocks], the sum over rows of exp(s), over the largest term; 0 for blocks that do not count.
 
     Args:
-        s: [H, n, B, blocks * pieces], overwritten.
-        counted: [n, blocks] or [H, n, blocks] bool.
+        s: [H, n, B, blocks], overwritten.
+        counted: [n, blocks] bool.
     """
-    pieces = (counted.shape[-1], -1)
-    largest = s.amax(dim=2).unflatten(2, pieces).amax(dim=3).masked_fill(~counted, -torch.inf).amax(dim=2, keepdim=True)
-    s.sub_(largest[..., None]).exp_()
-    return s.sum(dim=2).unflatten(2, pieces).sum(dim=3).masked_fill_(~counted, 0.0)
+    largest = s.amax(dim=2).masked_fill(~counted, -torch.inf).amax(dim=2, keepdim=True)
+    return s.sub_(largest[..., None]).exp_().sum(dim=2).masked_fill_(~counted, 0.0)
 
 
-def _score_by_row(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+def _score_pieces(s: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """[H, n, blocks], the largest over rows and pieces of exp(s), as a fraction of the row's largest.
 
-    Arguments as of `_score`.
+    Args:
+        s: [H, n, B, blocks * pieces].
+        counted: [H, n, blocks] bool; the others have 0.
     """
     largest = s.unflatten(3, (counted.shape[-1], -1)).amax(dim=4).masked_fill_(~counted[:, :, None], -torch.inf)
     least = torch.finfo(largest.dtype).min

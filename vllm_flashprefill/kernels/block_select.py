@@ -5,11 +5,11 @@ scratch that is its own, then compares them with the largest and writes the indi
 is held as log2 E, which has no maximum to subtract: E >= alpha * max E is log2 E >= log2 alpha + max log2 E.
 
 With pieces those are candidates only. Their indices lie in the pair's list for the time being, their pieces are scored
-by the same rows, and the blocks that are kept are written over them. Scores by row are fractions of what each row has
-at most, which is known when all candidates have been seen: the first pass over them drops those that miss alpha of what
-their rows had up to there, the second scores the others. Heads differ many times over in how many
-candidates they have, so a program asks for its next pair when it is done with one. Without pieces every pair of a query
-block takes as long, and they are dealt out beforehand.
+by the same rows, and the blocks that are kept are written over them. A piece's score is a fraction of the row's best
+piece, which is known when all candidates have been seen: a first pass over them drops those that miss alpha of what the
+rows have at the ends of the list, a second scores what is left. Heads differ many times over in how many candidates
+they have, so a program asks for its next pair when it is done with one. Without pieces every pair of a query block
+takes as long, and they are dealt out beforehand.
 """
 
 from __future__ import annotations
@@ -88,32 +88,6 @@ def _write_candidates(scores_row_ptr, list_ptr, query_block, threshold, BLOCK_LI
 
 
 @triton.jit
-def _score_pieces(
-    q, row_weights, piece_ptr, scores_row_ptr, list_ptr, num_blocks, scale,
-    PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """Scores the listed blocks, each by the sum over its pieces and the rows of q, [HEAD_SIZE, BLOCK]; the largest."""
-    BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
-    offs_dim = tl.arange(0, HEAD_SIZE)
-    offs_piece = tl.arange(0, BLOCK_PIECES)
-    largest = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
-    for start in tl.range(0, num_blocks, BLOCKS, num_stages=NUM_STAGES):
-        # A place past the end repeats the last.
-        blocks = tl.load(list_ptr + tl.minimum(start + offs_piece // PIECES, num_blocks - 1))
-        offs_rows = blocks.to(tl.int64) * PIECES + offs_piece % PIECES
-        s = tl.dot(tl.load(piece_ptr + offs_rows[:, None] * HEAD_SIZE + offs_dim[None, :]), q)
-        # [BLOCKS, PIECES, BLOCK]
-        s = tl.reshape(s, [BLOCKS, PIECES, q.shape[1]])
-        top = tl.max(tl.max(s, axis=2), axis=1) * scale
-        terms = tl.exp2(s * scale - top[:, None, None]) * row_weights[None, None, :]
-        score = top + tl.log2(tl.sum(tl.sum(terms, axis=2), axis=1))
-        largest = tl.maximum(largest, score)
-        at = tl.load(list_ptr + tl.minimum(start + tl.arange(0, BLOCKS), num_blocks - 1))
-        tl.store(scores_row_ptr + at, score)
-    return tl.max(largest, axis=0)
-
-
-@triton.jit
 def _places_to_score(start, offs, num_blocks, BLOCKS: tl.constexpr):
     """Where in a list the next blocks are: its first BLOCKS, then from the last one back."""
     places = start + offs
@@ -121,14 +95,14 @@ def _places_to_score(start, offs, num_blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _score_pieces_by_row(
+def _score_pieces(
     q, best, piece_ptr, scores_row_ptr, list_ptr, num_blocks, num_scored, scale,
     PIECES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores num_scored of the listed blocks, each by its largest fraction of what a row of q, [HEAD_SIZE, BLOCK], has.
+    """Scores num_scored of the listed blocks by the rows of q, [HEAD_SIZE, BLOCK].
 
-    best: [BLOCK], each row's largest product with a piece so far. Returned with those of these blocks, which are
-        scored without them.
+    best: [BLOCK], each row's largest product with a piece so far, by which these blocks are scored; returned with
+        theirs.
     """
     BLOCKS: tl.constexpr = BLOCK_PIECES // PIECES
     offs_dim = tl.arange(0, HEAD_SIZE)
@@ -153,8 +127,8 @@ def _select_pair(
     stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_LIST: tl.constexpr, NUM_SINK_BLOCKS: tl.constexpr, NUM_WINDOW_BLOCKS: tl.constexpr, PIECES: tl.constexpr,
-    BY_ROW: tl.constexpr, BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr,
-    ONE_LOOP: tl.constexpr, FP8_NATIVE: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PIECE_STAGES: tl.constexpr, ONE_LOOP: tl.constexpr,
+    FP8_NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The kept blocks of one (query block, head) pair."""
     offs_dim = tl.arange(0, HEAD_SIZE)
@@ -201,29 +175,22 @@ def _select_pair(
             )
             tl.debug_barrier()
             piece_row_ptr = piece_ptr + mean_row * (PIECES * HEAD_SIZE)
-            if BY_ROW:
-                best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-                # First the ends of the list, sinks and neighbours, the best of most rows; then all; then those left.
-                # Three loops written one after the other would have the queries in shared memory three times.
-                FIRST: tl.constexpr = 2 * BLOCK_PIECES // PIECES if BLOCK_PIECES // PIECES > 4 else 8
-                for step in range(3):
-                    num_scored = tl.where(step == 0, tl.minimum(num_candidates, FIRST), num_candidates)
-                    best = _score_pieces_by_row(
-                        q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, num_scored,
-                        scale, PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
-                    )  # fmt: skip
-                    tl.debug_barrier()
-                    if step == 1:
-                        num_candidates = _write_candidates(
-                            scores_row_ptr, lists_ptr + list_start, query_block, log2_alpha, BLOCK_LIST
-                        )
-                        tl.debug_barrier()
-            # There are none where no score is a number.
-            elif num_candidates > 0:
-                threshold += _score_pieces(
-                    q, row_weights, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, scale,
-                    PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
+            best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+            # First the ends of the list, sinks and neighbours, the best of most rows; then all; then those left.
+            # Three loops written one after the other would have the queries in shared memory three times.
+            FIRST: tl.constexpr = 2 * BLOCK_PIECES // PIECES if BLOCK_PIECES // PIECES > 4 else 8
+            for step in range(3):
+                num_scored = tl.where(step == 0, tl.minimum(num_candidates, FIRST), num_candidates)
+                best = _score_pieces(
+                    q, best, piece_row_ptr, scores_row_ptr, lists_ptr + list_start, num_candidates, num_scored,
+                    scale, PIECES, HEAD_SIZE, BLOCK_PIECES, PIECE_STAGES,
                 )  # fmt: skip
+                tl.debug_barrier()
+                if step == 1:
+                    num_candidates = _write_candidates(
+                        scores_row_ptr, lists_ptr + list_start, query_block, log2_alpha, BLOCK_LIST
+                    )
+                    tl.debug_barrier()
         else:
             # [BLOCK_N, HEAD_SIZE]
             mean_ptrs = mean_row_ptr + offs_n[:, None] * HEAD_SIZE + offs_dim[None, :]
@@ -312,7 +279,6 @@ def _block_select_kernel(
     NUM_SINK_BLOCKS: tl.constexpr,
     NUM_WINDOW_BLOCKS: tl.constexpr,
     PIECES: tl.constexpr,
-    BY_ROW: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PIECE_STAGES: tl.constexpr,
@@ -331,7 +297,7 @@ def _block_select_kernel(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
                 block_counts_ptr, counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale,
                 log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS,
-                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BY_ROW,
+                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES,
                 BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
             )  # fmt: skip
             # Every program asks once in vain; the last to ask leaves the counter as it found it.
@@ -345,7 +311,7 @@ def _block_select_kernel(
                 work, scores_row_ptr, q_ptr, mean_ptr, piece_ptr, requests_ptr, items_ptr, lists_ptr, counts_ptr,
                 block_counts_ptr, counters_ptr, parts_ptr, q_scale_ptr, first_item, max_parts, part_tiles, scale,
                 log2_alpha, log2_candidate, stride_qb, stride_qt, stride_qh, stride_q_scale, num_mean_rows, NUM_HEADS,
-                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES, BY_ROW,
+                GROUP, HEAD_SIZE, BLOCK, BLOCK_N, BLOCK_LIST, NUM_SINK_BLOCKS, NUM_WINDOW_BLOCKS, PIECES,
                 BLOCK_PIECES, NUM_STAGES, PIECE_STAGES, ONE_LOOP, FP8_NATIVE,
             )  # fmt: skip
 
@@ -379,8 +345,8 @@ def block_select(
             blocks come first in ascending order, the last being i.
         counts: [>= slab.num_items * H] int32, written: kept blocks of each pair.
         scores: [programs, >= schedule.max_key_blocks] float32 scratch; its first dimension is the number of
-            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with pieces -inf
-            where a block is no candidate, by row where it is not kept for its score.
+            programs. With one program a pair, it holds each pair's log2 E afterwards (for tests); with pieces the
+            log2 of its score, -inf where a block is no candidate or was dropped in the first pass.
         parts: from `parts.part_scratch`, written: what long lists are split into.
         block_counts: [2] int64; the key blocks kept, and those visible, of all pairs are added.
         launch: tile sizes, to replace the committed table's.
@@ -424,7 +390,6 @@ def block_select(
         NUM_SINK_BLOCKS=config.num_sink_blocks,
         NUM_WINDOW_BLOCKS=config.num_window_blocks,
         PIECES=0 if pieces is None else pieces.shape[2],
-        BY_ROW=config.piece_score == "row",
         BLOCK_PIECES=launch.block_pieces,
         NUM_STAGES=launch.num_stages,
         PIECE_STAGES=launch.piece_stages,

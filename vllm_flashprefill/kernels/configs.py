@@ -95,9 +95,9 @@ SELECT = {
     ("small", 256): SelectConfig(32, 8, 1, 1, one_loop=True),
 }
 
-# With pieces, where other than without.
+# With pieces, where other than without; that of heads of 64 is chosen to spill little.
 SELECT_PIECES = {
-    ("hopper", 64): SelectConfig(64, 4, 1, 4, max_registers=128, piece_stages=3),
+    ("hopper", 64): SelectConfig(64, 4, 2, 3, max_registers=168, piece_stages=3),
     ("hopper", 128): SelectConfig(64, 4, 2, 3, max_registers=168, piece_stages=3),
 }
 

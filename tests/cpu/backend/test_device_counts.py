@@ -70,7 +70,7 @@ def test_what_has_not_arrived_is_waited_for_by_the_thread_alone(monkeypatch):
 
 
 def test_the_cpu_counts_what_it_keeps():
-    config = FlashPrefillConfig(alpha=0.5, num_sink_blocks=0, num_window_blocks=1, min_sparse_tokens=0)
+    config = FlashPrefillConfig(alpha=0.5, num_sink_blocks=0, num_window_blocks=1, min_sparse_tokens=0, piece_size=0)
     torch.manual_seed(0)
     starts, seq_lens = np.array([0, 1, 701, 1001]), np.array([40, 700, 600])
     plan = plan_step(starts, seq_lens, config, np.array([40, 700, 2000]))

@@ -11,7 +11,6 @@ pytest.importorskip("vllm")
 
 from benchmarks import bench_vllm
 from benchmarks.bench_vllm import CONFIG, SHAPES, agree, model_name, write_rows
-from vllm_flashprefill.config import FlashPrefillConfig
 
 CHECK = dict(check=[{"7": -1.0}], noise=[{"7": -1.001}], start_s=1.0, min_sparse_tokens=4096)
 
@@ -19,7 +18,7 @@ CHECK = dict(check=[{"7": -1.0}], noise=[{"7": -1.001}], start_s=1.0, min_sparse
 def rows_of(default, flash, tmp_path):
     args = SimpleNamespace(
         commit="abc", csv=tmp_path / "rows.csv", model="llama-8b", layers=4, tensor_parallel=1, pipeline_parallel=1,
-        eager=True, kv_cache_dtype="auto", compute_dtype="auto", piece_score="sum",
+        eager=True, kv_cache_dtype="auto", compute_dtype="auto",
     )  # fmt: skip
     with mock.patch("torch.cuda.get_device_name", return_value="a GPU"):
         write_rows(CHECK | default, CHECK | flash, args)
@@ -78,12 +77,6 @@ def test_both_engines_have_the_cache_and_flashprefill_the_option(cache, compute,
     assert registered == [dict(max_density=1.0, compute_dtype=compute)]
 
 
-def test_scores_by_row_have_the_alpha_that_an_engine_asks_for(monkeypatch):
-    _, (options,) = started(monkeypatch, "--piece-score", "row")
-    engine = SimpleNamespace(model_config=None, additional_config={"flashprefill": options})
-    assert FlashPrefillConfig.from_vllm(engine, {}).piece_score == "row"
-
-
 def test_fp8_products_need_an_fp8_cache(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         started(monkeypatch, "--compute-dtype", "fp8")
@@ -91,18 +84,13 @@ def test_fp8_products_need_an_fp8_cache(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "cache, compute, piece_score, end",
-    [
-        ("auto", "auto", "sum", ""),
-        ("fp8", "auto", "sum", ", fp8 cache"),
-        ("fp8", "fp8", "sum", ", fp8 cache, fp8 products"),
-        ("auto", "auto", "row", ", scored by row"),
-    ],
+    "cache, compute, end",
+    [("auto", "auto", ""), ("fp8", "auto", ", fp8 cache"), ("fp8", "fp8", ", fp8 cache, fp8 products")],
 )
-def test_rows_name_the_cache_the_products_and_the_score(cache, compute, piece_score, end):
+def test_rows_name_the_cache_and_the_products(cache, compute, end):
     args = SimpleNamespace(
         model="qwen3-30b-a3b", layers=24, tensor_parallel=1, pipeline_parallel=1, eager=False, kv_cache_dtype=cache,
-        compute_dtype=compute, piece_score=piece_score,
+        compute_dtype=compute,
     )  # fmt: skip
     assert model_name(args) == f"qwen3-30b-a3b, 24 layers{end}"
 

@@ -61,8 +61,7 @@ def test_batched_cpu_attention_gathers_in_pieces(monkeypatch):
             {"candidate_alpha": 0.3},
             {"piece_size": 64, "candidate_alpha": 0.1},
             {"piece_size": 4},
-            {"piece_score": "row"},
-            {"piece_score": "row", "piece_size": 32, "candidate_alpha": 0.3},
+            {"piece_size": 32, "candidate_alpha": 0.3},
         ]
     ),
     st.sampled_from([(4, 2), (3, 3), (4, 1)]),

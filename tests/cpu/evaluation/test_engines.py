@@ -123,11 +123,12 @@ def parsed(monkeypatch, *arguments):
 
 def test_settings_of_the_command_line(monkeypatch):
     assert parsed(monkeypatch).setting == [{}]
-    assert parsed(monkeypatch, "--alpha", "default,0.02").setting == [{}, {"alpha": 0.02}]
+    assert parsed(monkeypatch, "--alpha", "default,0.02").setting == [{}, {"alpha": 0.02, "piece_size": 8}]
+    assert parsed(monkeypatch, "--setting", "piece_size=0").setting == [{"alpha": 0.05, "piece_size": 0}]
     several = parsed(monkeypatch, "--setting", "alpha=0.08,piece_size=0", "--setting", "default", "--alpha", "0.1")
-    assert several.setting == [{"alpha": 0.1}, {"alpha": 0.08, "piece_size": 0}, {}]
+    assert several.setting == [{"alpha": 0.1, "piece_size": 8}, {"alpha": 0.08, "piece_size": 0}, {}]
     assert parsed(monkeypatch, "--setting", "compute_dtype=fp8,alpha=0.1").setting == [
-        {"compute_dtype": "fp8", "alpha": 0.1}
+        {"compute_dtype": "fp8", "alpha": 0.1, "piece_size": 8}
     ]
 
 
@@ -198,13 +199,13 @@ def test_the_alpha_of_a_density_is_found_by_bisection():
 def test_a_setting_is_named_by_alpha_and_what_is_not_the_packages():
     from vllm_flashprefill.config import FlashPrefillConfig
 
-    assert evaluation_engine.setting_name(FlashPrefillConfig(), {}) == "alpha 0.05"
+    assert evaluation_engine.setting_name(FlashPrefillConfig(), {}) == "alpha 0.73"
     config = FlashPrefillConfig(alpha=0.08, piece_size=0, num_sink_blocks=1)
     assert evaluation_engine.setting_name(config, {}) == "alpha 0.08, num_sink_blocks 1, piece_size 0"
     assert evaluation_engine.setting_name(config, {"num_sink_blocks": 1}) == "alpha 0.08, piece_size 0"
-    assert evaluation_engine.setting_name(FlashPrefillConfig(), {"max_density": 1.0}) == "alpha 0.05, max_density 0.8"
+    assert evaluation_engine.setting_name(FlashPrefillConfig(), {"max_density": 1.0}) == "alpha 0.73, max_density 0.8"
     fp8 = FlashPrefillConfig(compute_dtype="fp8")
-    assert evaluation_engine.setting_name(fp8, {}) == "alpha 0.05, compute_dtype fp8"
+    assert evaluation_engine.setting_name(fp8, {}) == "alpha 0.73, compute_dtype fp8"
 
 
 def engine_class(used):

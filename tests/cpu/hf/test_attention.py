@@ -53,15 +53,16 @@ def reference_attention(module, query, key, value, attention_mask, scaling, conf
     return torch.stack(outs), None
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_sparse_is_the_reference(batch):
-    hf.register(alpha=0.6, **EAGER_TO_PRUNE)
+@pytest.mark.parametrize("batch, options", [(1, {}), (2, {}), (2, {"alpha": 1.0, "piece_size": 8})])
+def test_sparse_is_the_reference(batch, options):
+    options = dict(EAGER_TO_PRUNE, alpha=0.6) | options
+    hf.register(**options)
     ids = prompt(batch)
     run = Run(make_model("flashprefill"), ids)
-    assert 0.2 < run.stats.density < 0.9
+    assert 0.2 < run.stats.density < (1 if options["piece_size"] else 0.9)
     assert (run.logits - Run(make_model("sdpa"), ids).logits).abs().max() > 0.1
 
-    config = FlashPrefillConfig(alpha=0.6, **EAGER_TO_PRUNE)
+    config = FlashPrefillConfig(**options)
     AttentionInterface.register("reference", functools.partial(reference_attention, config=config))
     AttentionMaskInterface.register("reference", sdpa_mask)
     torch.testing.assert_close(run.logits, Run(make_model("reference"), ids).logits, **TOLERANCE)

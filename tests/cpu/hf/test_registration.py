@@ -57,10 +57,13 @@ def test_a_config_that_refuses_flash_attention_takes_our_names(name):
 
 def test_each_source_of_options_wins_over_the_next(monkeypatch):
     hf.register()
-    assert hf.attention.layer_config("llama", 128).alpha == PRESETS["llama"]["alpha"]
-    assert hf.attention.layer_config("qwen2_5_vl_text", 128).alpha == PRESETS["qwen2_5_vl"]["alpha"]
+    assert hf.attention.layer_config("llama", 128) == FlashPrefillConfig()
     assert hf.attention.layer_config("llama", 64).alpha == PRESETS_BY_HEAD_SIZE[64]["llama"]["alpha"]
     assert hf.attention.layer_config("llama", 96) == FlashPrefillConfig()
+    hf.unregister()
+    hf.register(piece_size=0)
+    assert hf.attention.layer_config("llama", 128).alpha == PRESETS["llama"]["alpha"]
+    assert hf.attention.layer_config("qwen2_5_vl_text", 128).alpha == PRESETS["qwen2_5_vl"]["alpha"]
     hf.unregister()
     hf.register(alpha=0.3, num_sink_blocks=5)
     assert hf.attention.layer_config("llama", 128).alpha == 0.3

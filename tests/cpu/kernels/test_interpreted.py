@@ -37,14 +37,10 @@ GROUPS = {
         "sinks": (0.3, "requests=[Request(520), Request(1)], sinks=True"),
     },
     "pieces": {
-        "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)]"),
-        "pages_of_48": (0.3, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
-        "one_kv_head": (0.3, "requests=[Request(800), Request(520)], heads=3, kv_heads=1, dim=128"),
+        "chunks": (0.9, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 1023)]"),
+        "pages_of_48": (0.8, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
+        "best": (1.0, "requests=[Request(1020), Request(520)], heads=3, kv_heads=1, dim=128"),
         "alpha_0": (0.0, "page_size=16, requests=[Request(700, 57)]"),
-    },
-    "pieces, by row": {
-        "chunks": (0.6, "page_size=16, requests=[Request(300, 640, 128), Request(129, 1023)]"),
-        "best": (1.0, "requests=[Request(1020)], heads=3, kv_heads=1, dim=128"),
     },
     "parts": {
         "chunks": (0.3, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 511)], part_tiles=2"),
@@ -70,10 +66,10 @@ GROUPS = {
     },
     "e4m3, pieces": {
         "chunks": (
-            0.3, "page_size=128, requests=[Request(500, 240, 128), Request(129)], kv_dtype=torch.uint8, "
+            0.8, "page_size=128, requests=[Request(500, 240, 128), Request(129)], kv_dtype=torch.uint8, "
             "kv_scales='head'"
         ),
-        **{f"queries, {scales}": (0.3, QUERIES_IN_E4M3.format(scales=scales)) for scales in ("none", "head")},
+        **{f"queries, {scales}": (0.8, QUERIES_IN_E4M3.format(scales=scales)) for scales in ("none", "head")},
     },
 }  # fmt: skip
 
@@ -87,7 +83,6 @@ def run_interpreted(code):
 
 def check_group(group):
     options = ", piece_size=8, candidate_alpha=0.05" if "pieces" in group else ""
-    options += ", piece_score='row'" if "by row" in group else ""
     cases = "\n".join(
         f"print({name!r}, flush=True)\n"
         f"config = sparse_config(alpha={alpha}{options})\n"
@@ -141,10 +136,10 @@ assert torch.equal(run(), expected)
 @needs_triton
 def test_pieces_of_other_sizes_interpreted():
     cases = "\n".join(
-        f"config = sparse_config(piece_size={piece_size}, candidate_alpha={candidate_alpha}, piece_score={score!r})\n"
+        f"config = sparse_config(alpha=0.9, piece_size={piece_size}, candidate_alpha={candidate_alpha})\n"
         "batch = make_batch(config=config, page_size=16, requests=[Request(200, 441)], heads=2, kv_heads=1)\n"
         "check_all(batch, config, 0.125)"
-        for piece_size, candidate_alpha, score in ((4, 0.0, "sum"), (64, 1.0, "sum"), (64, 0.0, "row"))
+        for piece_size, candidate_alpha in ((4, 0.0), (64, 0.0))
     )
     run_interpreted(IMPORTS + cases)
 
@@ -155,7 +150,7 @@ def test_wide_heads_where_shared_memory_is_small_interpreted(piece_size):
     run_interpreted(
         IMPORTS + "from vllm_flashprefill.kernels import configs\n"
         "configs.gpu_kind = lambda device: 'small'\n"
-        f"config = sparse_config(alpha=0.3, piece_size={piece_size})\n"
+        f"config = sparse_config(alpha={0.8 if piece_size else 0.3}, piece_size={piece_size})\n"
         "requests = [Request(300, 420), Request(1)]\n"
         "batch = make_batch(requests, config=config, page_size=16, heads=2, kv_heads=1, dim=256)\n"
         "check_all(batch, config, 0.0625)"
@@ -163,12 +158,12 @@ def test_wide_heads_where_shared_memory_is_small_interpreted(piece_size):
 
 
 @needs_triton
-@pytest.mark.parametrize("options", ["piece_size=0", "piece_size=8", "piece_size=8, piece_score='row'"])
+@pytest.mark.parametrize("options", ["alpha=0.3, piece_size=0", "alpha=0.8, piece_size=8"])
 def test_queries_that_are_not_numbers_interpreted(options):
     run_interpreted(
         "from tests.support.kernel_cases import check_nan_queries, make_batch, sparse_config\n"
         "from tests.support.request import Request\n"
-        f"config = sparse_config(alpha=0.3, {options})\n"
+        f"config = sparse_config({options})\n"
         "batch = make_batch(config=config, requests=[Request(1300)], heads=2, kv_heads=1)\n"
         "check_nan_queries(batch, config, 0.125)"
     )

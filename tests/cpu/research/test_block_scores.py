@@ -56,14 +56,12 @@ def test_published_is_the_packages_score(lengths):
     torch.testing.assert_close(scores(chunk, "published"), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("keys, how, alpha", [("p", "pub", 0.1), ("top", "row", 0.5)])
 @pytest.mark.parametrize("lengths", CHUNKS)
-def test_pieces_of_8_select_as_the_package(lengths, keys, how, alpha):
+def test_the_largest_pieces_of_8_by_row_select_as_the_package(lengths):
     q, k, chunk = make_chunk(*lengths)
-    piece_score = "row" if how == "row" else "sum"
-    config = FlashPrefillConfig(alpha=alpha, piece_size=8, candidate_alpha=0.0, piece_score=piece_score)
+    config = FlashPrefillConfig(alpha=0.5, piece_size=8, candidate_alpha=0.0)
     score = piece_score_ref(q, k, context_len=chunk.context_len, config=config, softmax_scale=SCALE)
-    found = scores(chunk, f"{keys}8.128.{how}")
+    found = scores(chunk, "top8.128.row")
     expected = (score / score.amax(dim=-1, keepdim=True).clamp(min=1e-30)).log()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 

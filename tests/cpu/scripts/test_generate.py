@@ -35,7 +35,7 @@ def test_each_prompt_has_a_line(capsys, monkeypatch):
 
 
 def test_blocks_that_are_kept_are_those_of_the_attention(monkeypatch):
-    config = FlashPrefillConfig(alpha=0.3, piece_size=0, **EAGER_TO_PRUNE)
+    config = FlashPrefillConfig(alpha=0.3, **EAGER_TO_PRUNE)
     recorded = {}
 
     def load(name, attention, device):

@@ -26,7 +26,7 @@ SCALE = 0.125
 @pytest.mark.parametrize("page_size", [0, 16, 48, 128, 256])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"piece_size": 8, "candidate_alpha": 0.05}, {"piece_size": 16}, {"piece_size": 8, "piece_score": "row"}],
+    [{}, {"alpha": 0.8, "piece_size": 8, "candidate_alpha": 0.05}, {"alpha": 0.9, "piece_size": 16}],
     ids=str,
 )
 def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
@@ -219,12 +219,12 @@ def test_slabs_change_nothing():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"piece_size": 8, "candidate_alpha": 0.01}, {"piece_size": 8, "piece_score": "row", "alpha": 0.6}],
+    [{"alpha": 0.1}, {"piece_size": 8, "candidate_alpha": 0.01, "alpha": 0.6}],
     ids=str,
 )
 def test_many_mean_tiles(options):
     """More key blocks than one tile of the list and of the scores."""
-    config = sparse_config(**{"alpha": 0.1, **options})
+    config = sparse_config(**options)
     batch = make_batch(
         [Request(256, 90_000, 1000)], page_size=16, dim=128, dtype=torch.bfloat16, device="cuda", config=config
     )
@@ -233,19 +233,18 @@ def test_many_mean_tiles(options):
     print(f"{wrong} of {total} at the threshold")
 
 
-@pytest.mark.parametrize("piece_score", ["sum", "row"])
 @pytest.mark.parametrize("piece_size, candidate_alpha", [(4, 0.0), (4, 0.05), (32, 0.05), (64, 1.0)])
-def test_pieces_of_other_sizes(piece_size, candidate_alpha, piece_score):
-    config = sparse_config(piece_size=piece_size, candidate_alpha=candidate_alpha, piece_score=piece_score)
+def test_pieces_of_other_sizes(piece_size, candidate_alpha):
+    config = sparse_config(alpha=0.9, piece_size=piece_size, candidate_alpha=candidate_alpha)
     for dim in (64, 128, 256):
         batch = make_batch([Request(1500, 441), Request(2000)], page_size=16, dim=dim, device="cuda", config=config)
         check_all(batch, config, SCALE)
 
 
-@pytest.mark.parametrize("options", [{}, {"piece_size": 8}, {"piece_size": 8, "piece_score": "row"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.8, "piece_size": 8}], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_queries_that_are_not_numbers(options, dim):
-    config = sparse_config(alpha=0.3, **options)
+    config = sparse_config(**options)
     check_nan_queries(make_batch([Request(2000)], dim=dim, device="cuda", config=config), config, SCALE)
 
 
