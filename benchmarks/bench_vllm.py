@@ -252,8 +252,8 @@ class FixedDensity:
             self.schedule, self.lengths = schedule, schedule.requests.cpu().numpy()
         key = (self.lengths.tobytes(), slab)
         if key not in self.made:
-            fixed = self._lists(q.shape[2], schedule, slab, config, parts)
-            self.made[key] = (*fixed, self._with_candidates(select, config, *fixed[2].tolist()))
+            *fixed, whole = self._lists(q.shape[2], schedule, slab, config, parts)
+            self.made[key] = (*fixed, self._with_candidates(select, config, fixed[2], whole))
             # Nothing has joined the parts of what was selected there.
             schedule.counters.zero_()
         fixed_lists, fixed_counts, fixed_block_counts, fixed_parts, config = self.made[key]
@@ -267,8 +267,11 @@ class FixedDensity:
             schedule.counters.copy_(counters)
 
     @staticmethod
-    def _with_candidates(select, config, kept: int, visible: int):
-        """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept, and `alpha` these."""
+    def _with_candidates(select, config, block_counts: Any, whole: int):
+        """The config whose `candidate_alpha` leaves `CANDIDATES` times the blocks kept, and `alpha` these.
+
+        whole: blocks of the lists that keep all, as those of the dense tail do; they have no candidates.
+        """
         import torch
 
         from benchmarks.bench_kernels import CANDIDATES, largest
@@ -277,12 +280,14 @@ class FixedDensity:
             return config
 
         def keeps(config, wanted: float) -> bool:
-            counted = torch.zeros(2, dtype=torch.int64, device="cuda")
+            counted = torch.zeros_like(block_counts)
             select(config, counted)
             return counted[0].item() >= wanted
 
+        kept, visible = block_counts.tolist()
         # With the least alpha all candidates are kept.
-        every, candidates = dataclasses.replace(config, alpha=1e-30), min(visible, CANDIDATES * kept)
+        every = dataclasses.replace(config, alpha=1e-30)
+        candidates = min(visible, whole + CANDIDATES * (kept - whole))
         found = largest(every, "candidate_alpha", lambda tried: keeps(tried, candidates), 16)
         return largest(found, "alpha", lambda tried: keeps(tried, kept), 16)
 
@@ -309,6 +314,7 @@ class FixedDensity:
                 )
             lists[slot * heads : (slot + visible) * heads].reshape(heads, visible)[:, :count] = row
         device = schedule.requests.device
+        full = counts[:, 0] == items[:, 1] + 1
         block_counts = torch.tensor([int(counts.sum()), slab.list_slots * heads], device=device)
         fixed_parts = None
         if slab.part_tiles:
@@ -318,6 +324,7 @@ class FixedDensity:
             torch.from_numpy(counts.ravel()).to(device),
             block_counts,
             fixed_parts,
+            int(counts[full].sum()),
         )
 
     @staticmethod

@@ -1,8 +1,8 @@
 """How much a model loses with FlashPrefill: dense and sparse side by side on long prompts.
 
     python -m evaluation                                        SmolLM2-135M on vLLM's CPU engine
-    python -m evaluation --model PATH --lengths 8192,32768 --samples 20 --alpha default,0.02 --parallel
-    python -m evaluation --model PATH --lengths 32000 --setting alpha=0.065 --setting alpha=0.08,piece_size=0
+    python -m evaluation --model PATH --lengths 8192,32768 --samples 20 --alpha default,0.6 --parallel
+    python -m evaluation --model PATH --lengths 32000 --setting alpha=0.6 --setting alpha=0.08,piece_size=0
     python -m evaluation --model PATH --lengths 32768 --data ruler/     or InfiniteBench's, LongBench's
     python -m evaluation --draw result.json                     the heat map of an earlier run
 
@@ -236,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
         "--alpha",
         type=alphas,
         default=[],
-        help="one or more, such as default,0.02; default: the model's preset, which is also what runs if none is given",
+        help="one or more, such as default,0.6; default: what the model gets, which is also what runs if none is given",
     )
     parser.add_argument(
         "--setting",

@@ -2,9 +2,9 @@
 
 An option is taken from the first of these that names it:
 
-1. vLLM's ``--additional-config '{"flashprefill": {"alpha": 0.1}}'``
-2. an environment variable, ``FLASHPREFILL_ALPHA=0.1``
-3. code, ``vllm_flashprefill.register(alpha=0.1)``
+1. vLLM's ``--additional-config '{"flashprefill": {"alpha": 0.6}}'``
+2. an environment variable, ``FLASHPREFILL_ALPHA=0.6``
+3. code, ``vllm_flashprefill.register(alpha=0.6)``
 4. the preset of the model family and head size (`PRESETS`, `PRESETS_BY_HEAD_SIZE`), where blocks are scored whole
 5. the default of `FlashPrefillConfig`; in an engine for sequences longer than `LONG_SEQUENCE`, pieces of 16
 """
@@ -192,7 +192,10 @@ _INTEGER_OPTIONS = {
 }
 # Those of the others that are no numbers.
 TEXT_OPTIONS = ("compute_dtype",)
-DROPPED_OPTIONS = {"min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/scores.md)"}
+DROPPED_OPTIONS = {
+    "min_share": "it lost the facts of long prompts; use alpha, with piece_size 8 (docs/scores.md)",
+    "piece_score": "blocks are scored by row now; leave it out, and alpha too, whose scale is another (docs/scores.md)",
+}
 OPTIONS = tuple(field.name for field in dataclasses.fields(FlashPrefillConfig))
 # All environment variables that mean something here.
 VARIABLES = (ENV_ENABLE, *sorted(_ENV_RESERVED), *(ENV_PREFIX + name.upper() for name in OPTIONS))
