@@ -211,7 +211,7 @@ class FixedDensity:
 
     Kept are the sinks, the window and blocks evenly spread between them. Query blocks of the dense tail keep all.
     `candidate_alpha` leaves as many blocks for the pieces to choose from as a real model has, and `alpha` as many for
-    the second pass over them as are kept.
+    the second pass over them as are kept, or all that alpha 1 leaves: of random weights that can be twice as many.
     """
 
     def __init__(self) -> None:

@@ -206,12 +206,9 @@ def parse_arguments() -> argparse.Namespace:
             except ValueError:
                 raise argparse.ArgumentTypeError(f"{part!r} is not default, nor NAME=NUMBER") from None
         try:
-            config = FlashPrefillConfig.from_options(options)
+            FlashPrefillConfig.from_options(options)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        if {"alpha", "piece_size"} & set(options):
-            # As in an engine that is given these, whatever the running one has: alpha alone is for pieces.
-            options |= {"alpha": config.alpha, "piece_size": config.piece_size}
         if fixed := [name for name in options if name in FIXED_OPTIONS]:
             raise argparse.ArgumentTypeError(f"{fixed[0]} is fixed while an engine runs; set it as a variable")
         return options

@@ -9,6 +9,7 @@ RESULT is written after each task; what is in it already is not run again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -215,10 +216,12 @@ def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None
     from vllm_flashprefill.config import FlashPrefillConfig
 
     job, settings = engine.job, result["settings"]
-    own = used = FlashPrefillConfig.from_vllm(engine.llm.llm_engine.vllm_config)
+    # An option of a setting as if the engine had been given it: its preset may not hold beside it.
+    config_of = functools.partial(FlashPrefillConfig.from_vllm, engine.llm.llm_engine.vllm_config)
+    used = config_of()
 
     def changes(options: dict[str, Any]) -> dict[str, Any]:
-        every = dataclasses.asdict(dataclasses.replace(own, **options))
+        every = dataclasses.asdict(config_of(first=options))
         return {name: value for name, value in every.items() if name not in FIXED_OPTIONS}
 
     plan = [(options, None) for options in job["settings"]]
@@ -232,7 +235,7 @@ def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None
             if target:
                 found = engine.alpha_for(target["density"], changes(options))
                 options, used = {**options, "alpha": found}, None
-            here = dataclasses.replace(own, **options)
+            here = config_of(first=options)
             setting = next((each for each in settings if each["config"] == dataclasses.asdict(here)), None)
         if setting is None:
             setting = {"name": setting_name(here, options_of(job)), "config": dataclasses.asdict(here), "counts": []}

@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(MODEL), help="model folder or name (default: %(default)s)")
     parser.add_argument("--lengths", default="1024,2048,4096,7500", help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, help="default: the model family's preset")
+    parser.add_argument("--alpha", type=float, help="of blocks scored by pieces; default: what the model gets")
     parser.add_argument("--min-sparse-tokens", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--dtype", help="vLLM's; default: auto, or float32 on a CPU that is slow in bfloat16")
     parser.add_argument("--no-dense", action="store_true", help="leave the dense run out")

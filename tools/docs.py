@@ -184,8 +184,8 @@ def claim() -> str:
         f"{at_longest} times as fast, of {length(shorter)} {at_shorter} times.**\n"
         "Measured: one request, Llama-3.1-8B's shape, random weights, the paper's score and densities "
         f"({density(longest['density'])} and {density(shorter['density'])}).\n"
-        f"With the default score, on an {append['gpu']}, {int(append['tokens']):,} tokens over {cached} cached ones come "
-        f"{float(append['speedup']):.2f} times as fast, at {density(append['density'])}, imposed.\n"
+        f"With the default score, on an {append['gpu']}, {int(append['tokens']):,} tokens over {cached} cached ones "
+        f"come {float(append['speedup']):.2f} times as fast, at {density(append['density'])}, imposed.\n"
     )
 
 
@@ -320,22 +320,24 @@ FIRST_ESTIMATES = {
 }
 
 
-# What it puts before that: settings of results/accuracy.csv, and how it says so.
+# What it puts before that, of results/accuracy.csv, and how it says so.
 JUDGED_MODEL = "Qwen2.5-Coder-1.5B-Instruct"
 JUDGED = {
-    "alpha 0.73, piece_score row": "by pieces, each row by its best one: **the default**",
-    "alpha 0.73, piece_score row, candidate_alpha 0.003": "the same, `candidate_alpha` 0.003",
-    "alpha 0.06": "by pieces, summed over rows, the default before",
+    "alpha 0.73": "by pieces, each row by its best one: **the default**",
+    "alpha 0.73, candidate_alpha 0.003": "the same, `candidate_alpha` 0.003",
+    "sum over rows, alpha 0.06": "by pieces, summed over rows, the default before",
 }
 
 
 def estimates_short() -> str:
     """What the kernels' answers are, then a few of `estimates`: all tasks together."""
     found = {(run[-1], *rule): by_task for run, rules in estimate_runs().items() for rule, by_task in rules.items()}
+    judged: dict[str, list[Row]] = {}
+    for row in read_rows(RESULTS / "accuracy.csv", task="multi-fact", model=JUDGED_MODEL):
+        judged.setdefault(setting_words(row["setting"], row["commit"]), []).append(row)
     lines = []
     for setting, name in JUDGED.items():
-        judged = read_rows(RESULTS / "accuracy.csv", task="multi-fact", model=JUDGED_MODEL, setting=setting)
-        row = max(judged, key=lambda row: int(row["n"]))
+        row = max(judged[setting], key=lambda row: int(row["n"]))
         kept = f"{100 * float(row['density']):.1f} %"
         lines.append([f"{name}, {row['n']} prompts", kept, points(row["dense"]), points(row["sparse"]), interval(row)])
     for rule, name in FIRST_ESTIMATES.items():

@@ -71,8 +71,8 @@ class FlashPrefillConfig:
     Attributes:
         alpha: a key block is kept where one of the query block's rows gives one of its pieces at least this fraction of
             what it gives its best piece; without pieces, where the block's score is at least this fraction of the best
-            block's. In [0, 1]; 0 keeps every block, which is dense attention. None: `PIECES_ALPHA`, or `WHOLE_ALPHA`
-            without pieces.
+            block's. In [0, 1]; 0 keeps every block, which is dense attention. By default `PIECES_ALPHA`, or
+            `WHOLE_ALPHA` without pieces; `dataclasses.replace` with another piece_size does not change it.
         block_size: tokens of a query or key block; 128.
         num_sink_blocks: key blocks at the start of the sequence that are always kept.
         num_window_blocks: most recent key blocks, the query's own among them, always kept; at least 1.
@@ -142,6 +142,8 @@ class FlashPrefillConfig:
                     raise ValueError(f"flashprefill: {name} is no option any more: {DROPPED_OPTIONS[name]}")
                 if name not in OPTIONS:
                     raise ValueError(f"flashprefill: unknown option {name!r}{_suggest(name, OPTIONS)}")
+            if "alpha" in source and source["alpha"] is None:
+                raise ValueError("flashprefill: alpha must be a number in [0, 1], not None")
             merged.update(source)
         return cls(**merged)
 
@@ -155,11 +157,14 @@ class FlashPrefillConfig:
         return cls.from_options(env_options(environ), code_options(environ))
 
     @classmethod
-    def from_vllm(cls, vllm_config: Any, environ: Mapping[str, str] = os.environ) -> FlashPrefillConfig:
+    def from_vllm(
+        cls, vllm_config: Any, environ: Mapping[str, str] = os.environ, *, first: Mapping[str, Any] | None = None
+    ) -> FlashPrefillConfig:
         """The config of an engine, from all five sources.
 
         Args:
             vllm_config: a ``vllm.config.VllmConfig``.
+            first: options that win over all sources.
 
         Raises:
             ValueError: an unknown variable or option, a wrong type or a value out of range.
@@ -176,7 +181,7 @@ class FlashPrefillConfig:
             )
         length = getattr(getattr(vllm_config, "model_config", None), "max_model_len", None)
         by_length = {"piece_size": 16} if isinstance(length, int) and length > LONG_SEQUENCE else {}
-        given = options, env_options(environ), code_options(environ)
+        given = first or {}, options, env_options(environ), code_options(environ)
         return cls.from_options(*given, preset_beside(preset, *given), by_length)
 
 

@@ -85,6 +85,10 @@ def test_presets_and_the_default_alpha_are_for_blocks_scored_whole_or_by_pieces(
     assert FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.3}, **small), {}) == FlashPrefillConfig(alpha=0.3)
     given = FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.3}, **small), by_variable)
     assert given == FlashPrefillConfig(alpha=0.3, piece_size=0)
+    first = FlashPrefillConfig.from_vllm(vllm_config({"alpha": 0.3}, **small), by_variable, first={"piece_size": 8})
+    assert first == FlashPrefillConfig(alpha=0.3)
+    with pytest.raises(ValueError, match="alpha must be a number in"):
+        FlashPrefillConfig.from_vllm(vllm_config({"alpha": None}), {"FLASHPREFILL_ALPHA": "0"})
 
 
 class PerLayerConfig:

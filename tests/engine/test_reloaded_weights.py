@@ -8,7 +8,7 @@ from tests.support.engines import BARE, EXACT, LAYERS, assert_same, engine, vllm
 if vllm_version() != "0.12.0":
     pytest.skip("one version is enough", allow_module_level=True)
 
-SPARSE = {"alpha": 0.3, "piece_size": 0, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
+SPARSE = {"alpha": 0.3, **BARE, "num_sink_blocks": 1, "num_dense_tail_blocks": 1}
 TOKENS = 1500
 
 

@@ -15,7 +15,7 @@ NO_MULTICAST = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
-SPARSE = {**OPTIONS, "FLASHPREFILL_ALPHA": "0.9"}
+SPARSE = {**OPTIONS, "FLASHPREFILL_ALPHA": "0.9", "FLASHPREFILL_PIECE_SIZE": "0"}
 TENSOR_2, TENSOR_4, PIPELINE_2 = (
     {"tensor_parallel_size": 2},
     {"tensor_parallel_size": 4},

@@ -123,12 +123,11 @@ def parsed(monkeypatch, *arguments):
 
 def test_settings_of_the_command_line(monkeypatch):
     assert parsed(monkeypatch).setting == [{}]
-    assert parsed(monkeypatch, "--alpha", "default,0.02").setting == [{}, {"alpha": 0.02, "piece_size": 8}]
-    assert parsed(monkeypatch, "--setting", "piece_size=0").setting == [{"alpha": 0.05, "piece_size": 0}]
+    assert parsed(monkeypatch, "--alpha", "default,0.02").setting == [{}, {"alpha": 0.02}]
     several = parsed(monkeypatch, "--setting", "alpha=0.08,piece_size=0", "--setting", "default", "--alpha", "0.1")
-    assert several.setting == [{"alpha": 0.1, "piece_size": 8}, {"alpha": 0.08, "piece_size": 0}, {}]
+    assert several.setting == [{"alpha": 0.1}, {"alpha": 0.08, "piece_size": 0}, {}]
     assert parsed(monkeypatch, "--setting", "compute_dtype=fp8,alpha=0.1").setting == [
-        {"compute_dtype": "fp8", "alpha": 0.1, "piece_size": 8}
+        {"compute_dtype": "fp8", "alpha": 0.1}
     ]
 
 
@@ -258,7 +257,8 @@ def sparse(tmp_path, monkeypatch):
 
     used = []
     monkeypatch.setattr(evaluation_engine, "what_ran", lambda llm: {})
-    monkeypatch.setattr(FlashPrefillConfig, "from_vllm", classmethod(lambda cls, _: cls(alpha=0.02, **ALL_SETTINGS)))
+    own = dict(alpha=0.02, **ALL_SETTINGS)
+    monkeypatch.setattr(FlashPrefillConfig, "from_vllm", classmethod(lambda cls, _, first={}: cls(**{**own, **first})))
 
     def run(settings, density=None, fails_at=None, name="result.json"):
         used.clear()

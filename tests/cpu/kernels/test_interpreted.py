@@ -40,6 +40,8 @@ GROUPS = {
         "chunks": (0.9, "page_size=16, requests=[Request(300, 640, 128), Request(1), Request(129, 1023)]"),
         "pages_of_48": (0.8, "page_size=48, requests=[Request(700, 0, 300), Request(127)]"),
         "best": (1.0, "requests=[Request(1020), Request(520)], heads=3, kv_heads=1, dim=128"),
+        # More candidates than are looked at first, so that rows have their best among the others.
+        "many": (0.95, "page_size=16, requests=[Request(200, 3500, 50)], heads=2, kv_heads=1"),
         "alpha_0": (0.0, "page_size=16, requests=[Request(700, 57)]"),
     },
     "parts": {
@@ -136,8 +138,8 @@ assert torch.equal(run(), expected)
 @needs_triton
 def test_pieces_of_other_sizes_interpreted():
     cases = "\n".join(
-        f"config = sparse_config(alpha=0.9, piece_size={piece_size}, candidate_alpha={candidate_alpha})\n"
-        "batch = make_batch(config=config, page_size=16, requests=[Request(200, 441)], heads=2, kv_heads=1)\n"
+        f"config = sparse_config(alpha=0.95, piece_size={piece_size}, candidate_alpha={candidate_alpha})\n"
+        "batch = make_batch(config=config, page_size=16, requests=[Request(200, 2800, 50)], heads=2, kv_heads=1)\n"
         "check_all(batch, config, 0.125)"
         for piece_size, candidate_alpha in ((4, 0.0), (64, 0.0))
     )

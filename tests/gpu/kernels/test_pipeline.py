@@ -43,7 +43,7 @@ def test_ragged_batch_of_chunks(options, page_size, dim, dtype):
 @pytest.mark.parametrize("page_size", [16, 128])
 @pytest.mark.parametrize("kv_dtype", [None, torch.uint8])
 def test_attention_sinks(kv_dtype, page_size, dim):
-    config = sparse_config(piece_size=8)
+    config = sparse_config(alpha=0.8, piece_size=8)
     how = dict(page_size=page_size, dim=dim, dtype=torch.bfloat16, kv_dtype=kv_dtype, device="cuda", config=config)
     check_all(make_batch([Request(2000, 300), Request(1), Request(129)], sinks=True, **how), config, SCALE)
 
@@ -85,7 +85,7 @@ def test_e4m3_cache(kv_dtype, kv_scales, q_e4m3, page_size, dim, dtype, caplog):
 @pytest.mark.parametrize("q_e4m3", [False, True])
 @pytest.mark.parametrize("kv_scales", ["none", "one", "head"])
 def test_e4m3_products(kv_scales, q_e4m3, page_size, dim, caplog):
-    config = sparse_config(piece_size=8)
+    config = sparse_config(alpha=0.8, piece_size=8)
     requests = [Request(3000, 0, 500), Request(1), Request(700, 1300, 1000), Request(129, 640), Request(300, 8000)]
     how = dict(page_size=page_size, dim=dim, dtype=torch.bfloat16, kv_dtype=torch.uint8, device="cuda", config=config)
     batch = make_batch(requests, kv_scales=kv_scales, q_e4m3=q_e4m3, **how)
@@ -111,7 +111,7 @@ def test_e4m3_products_of_other_batches(options, caplog):
 @pytest.mark.parametrize("part_tiles", [1, 3, None])
 def test_split_lists(part_tiles, kind, page_size, dim, caplog):
     """Parts of every length, more of them than there is room for, and what the schedule chooses for a long append."""
-    config = sparse_config(piece_size=8)
+    config = sparse_config(alpha=0.8, piece_size=8)
     how = dict(page_size=page_size, dim=dim, dtype=torch.bfloat16, device="cuda", config=config, part_tiles=part_tiles)
     if kind != "bf16":
         how.update(kv_dtype=torch.uint8, kv_scales="head", q_e4m3=kind != "e4m3")
@@ -155,7 +155,7 @@ def test_tiles_of_gpus_with_little_shared_memory(dim, piece_size, monkeypatch):
     from vllm_flashprefill.kernels import configs
 
     monkeypatch.setattr(configs, "gpu_kind", lambda device: "small")
-    config = sparse_config(piece_size=piece_size)
+    config = sparse_config(alpha=0.8 if piece_size else 0.3, piece_size=piece_size)
     for page_size in (0, 16):
         batch = make_batch(
             [Request(2000, 300), Request(129, 640)], page_size=page_size, heads=8, dim=dim, dtype=torch.bfloat16,
