@@ -365,6 +365,18 @@ def points(value: str) -> str:
     return f"{float(value):.1f}"
 
 
+def densities() -> str:
+    """What the default keeps of each model, text and length that research.density looked at, the newest of each."""
+    rows = {(row["model"], row["text"], int(row["tokens"])): row for row in read_rows(RESULTS / "density.csv")}
+    return table(
+        "model | layers | query/KV heads | text | tokens | density",
+        [
+            [model, row["layers"], row["heads"], text, f"{tokens:,}", density(row["density"])]
+            for (model, text, tokens), row in rows.items()
+        ],
+    )
+
+
 def versions() -> str:
     """The newest row of each vLLM and kind of machine, newest release first."""
     path = RESULTS / "versions.csv"
@@ -399,6 +411,7 @@ def appends() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "appends": appends,
     "versions": versions,
+    "densities": densities,
     "kernels-short": kernels_short,
     "kernels": kernels_whole,
     "kernel-shapes": kernel_shapes,

@@ -14,7 +14,7 @@ OPTIONS = {"alpha": 0.9, "piece_size": 0, "num_dense_tail_blocks": 1, "num_sink_
 def layer(seed, heads=2):
     torch.manual_seed(seed)
     q, k = torch.randn(1500, heads, 32), torch.randn(1500, 1, 32)
-    return {"q": q, "k": k, "v": k, "softmax_scale": 0.3}
+    return {"q": q, "k": k, "v": k, "softmax_scale": 2.0}
 
 
 def test_it_is_that_of_all_layers_as_prompts_of_so_many_tokens():
@@ -23,7 +23,7 @@ def test_it_is_that_of_all_layers_as_prompts_of_so_many_tokens():
     kept = 0
     for each in layers.values():
         q, k = each["q"][:1300], each["k"][:1300]
-        kept += int(select_blocks_ref(q, k, context_len=0, prompt_len=1300, config=config, softmax_scale=0.3).sum())
+        kept += int(select_blocks_ref(q, k, context_len=0, prompt_len=1300, config=config, softmax_scale=2.0).sum())
     found = density.density(layers, 1300, config)
     assert found == pytest.approx(kept / (6 * 11 * 12 / 2), abs=0.005)
     assert found < 0.9 and density.density(layers, 1300, FlashPrefillConfig(alpha=0.0)) == 1
