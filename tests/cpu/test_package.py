@@ -1,7 +1,11 @@
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,3 +62,11 @@ def test_what_needs_no_gpu_needs_no_triton():
         "import sys; sys.modules['triton'] = None; import vllm_flashprefill.api, vllm_flashprefill.kernels.workspace",
         cwd=ROOT,
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_gpu_tests_are_skipped_with_a_reason_where_there_is_no_gpu():
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert re.search(r"^\d+ skipped in", done.stdout, re.MULTILINE) and ": no CUDA GPU" in done.stdout

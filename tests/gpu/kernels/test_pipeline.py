@@ -20,6 +20,11 @@ from tests.support.request import Request
 
 SCALE = 0.125
 
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="products in e4m3 are for Hopper GPUs",
+)
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -79,7 +84,7 @@ def test_e4m3_cache(kv_dtype, kv_scales, q_e4m3, page_size, dim, dtype, caplog):
     assert dim == 256 or "slower" not in caplog.text
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="products in e4m3 are for Hopper GPUs")
+@needs_hopper
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("page_size", [16, 48, 128])
 @pytest.mark.parametrize("q_e4m3", [False, True])
@@ -94,7 +99,7 @@ def test_e4m3_products(kv_scales, q_e4m3, page_size, dim, caplog):
     assert "slower" not in caplog.text
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="products in e4m3 are for Hopper GPUs")
+@needs_hopper
 @pytest.mark.parametrize("options", [{"sinks": True}, {"slab_bytes": 1000}, {"heads_first": True, "beside": True}])
 def test_e4m3_products_of_other_batches(options, caplog):
     config = sparse_config()
