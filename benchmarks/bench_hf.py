@@ -28,7 +28,7 @@ from scripts.generate import MODEL, make_prompts
 from tools.rows import RESULTS, append_row, commit_name
 from vllm_flashprefill import hf
 from vllm_flashprefill.api import flash_prefill
-from vllm_flashprefill.config import FlashPrefillConfig, env_options, preset
+from vllm_flashprefill.config import FlashPrefillConfig
 
 TOKENS = {"smollm2": [2048, 4096, 8192], "llama-8b": [4096, 8192, 16384, 32768, 65536, 131072]}
 CHECK_TOKENS = 2361
@@ -106,9 +106,7 @@ class Bench:
     def default_alpha(self) -> float:
         config = self.model.config
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return FlashPrefillConfig.from_options(
-            env_options(), {"piece_size": 0}, preset(config.model_type, head_size)
-        ).alpha
+        return hf.attention.layer_config(config.model_type, head_size).alpha
 
     def median_ms(self, ids: torch.Tensor, implementation: str) -> float:
         def timed() -> float:

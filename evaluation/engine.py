@@ -220,9 +220,8 @@ def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None
     config_of = functools.partial(FlashPrefillConfig.from_vllm, engine.llm.llm_engine.vllm_config)
     used = config_of()
 
-    def changes(options: dict[str, Any]) -> dict[str, Any]:
-        every = dataclasses.asdict(config_of(first=options))
-        return {name: value for name, value in every.items() if name not in FIXED_OPTIONS}
+    def changes(config: FlashPrefillConfig) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(config).items() if name not in FIXED_OPTIONS}
 
     plan = [(options, None) for options in job["settings"]]
     if job["target_density"]:
@@ -232,10 +231,10 @@ def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None
     for options, target in plan:
         setting = next((each for each in settings if target and each["calibrated"] == target), None)
         if setting is None:
-            if target:
-                found = engine.alpha_for(target["density"], changes(options))
-                options, used = {**options, "alpha": found}, None
             here = config_of(first=options)
+            if target:
+                found = engine.alpha_for(target["density"], changes(here))
+                here, used = dataclasses.replace(here, alpha=found), None
             setting = next((each for each in settings if each["config"] == dataclasses.asdict(here)), None)
         if setting is None:
             setting = {"name": setting_name(here, options_of(job)), "config": dataclasses.asdict(here), "counts": []}
@@ -243,7 +242,7 @@ def run_settings(engine: Engine, result: dict[str, Any], save: Callable[[], None
         setting["calibrated"] = target or setting.get("calibrated")
         here = FlashPrefillConfig(**setting["config"])
         if here != used:
-            engine.use(changes(dataclasses.asdict(here)))
+            engine.use(changes(here))
             used = here
         engine.run_all(setting, save)
 

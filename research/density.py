@@ -56,14 +56,16 @@ def main() -> None:
     captured = min(len(layer["q"]) for layer in layers.values())
     if max(arguments.lengths) > captured:
         parser.error(f"--lengths: {arguments.file} has {captured} tokens")
-    heads = {(*layer["q"].shape[1:], layer["k"].shape[1]) for layer in layers.values()}
+    shapes = {(*layer["q"].shape[1:], layer["k"].shape[1]) for layer in layers.values()}
+    heads = " ".join(f"{num}/{kv} of {size}" for num, size, kv in sorted(shapes))
+    commit = commit_name(arguments.commit)
     for length in arguments.lengths:
         row = dict(
             date=datetime.date.today().isoformat(),
-            commit=commit_name(arguments.commit),
+            commit=commit,
             model=arguments.model,
             text=arguments.text,
-            heads=" ".join(f"{num}/{kv} of {size}" for num, size, kv in sorted(heads)),
+            heads=heads,
             layers=len(layers),
             tokens=length,
             alpha=config.alpha,

@@ -233,7 +233,8 @@ def main() -> None:
 
         say(f"dense: perplexity {text.measure(None, bar).perplexity:.4f}")
         value, result = search(measure, *RANGE, density=options.density, loss=options.loss, passes=options.passes)
-    line = options_json(dataclasses.replace(config, alpha=value), ["alpha", *{"piece_size": 0, **options.options}])
+    names = dict.fromkeys(["alpha", "piece_size", *options.options])
+    line = options_json(dataclasses.replace(config, alpha=value), list(names))
     print(f"alpha {value}: {result}\n{line}")
     if options.out:
         options.out.write_text(line + "\n")

@@ -300,9 +300,10 @@ def preset_beside(preset: Mapping[str, Any], *options: Mapping[str, Any]) -> Map
 
     Where alpha alone is given, it is for pieces whatever the model.
     """
-    alone = any("alpha" in source for source in options)
-    chosen = (*options, {"piece_size": FlashPrefillConfig.piece_size}) if alone else (*options, preset)
-    return preset if next((source["piece_size"] for source in chosen if "piece_size" in source), None) == 0 else {}
+    piece_size = next((source["piece_size"] for source in options if "piece_size" in source), None)
+    if piece_size is None and not any("alpha" in source for source in options):
+        piece_size = preset.get("piece_size")
+    return preset if piece_size == 0 else {}
 
 
 def _preset(vllm_config: Any) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
@@ -301,6 +301,19 @@ def test_a_density_is_had_with_the_other_options_of_each_setting(sparse):
     asked = [("alpha 0.1", False), ("alpha 0.02, piece_size 0", False), ("alpha 0.2", False)]
     assert names(result) == [*asked, ("alpha 0.5", True), ("alpha 0.25, piece_size 0", True)]
     assert result.complete
+
+
+def test_an_alpha_found_is_for_the_blocks_it_was_found_with(sparse, monkeypatch):
+    """A preset of whole blocks, beside which an alpha alone would be for pieces."""
+    from vllm_flashprefill.config import PRESETS_BY_HEAD_SIZE, FlashPrefillConfig, preset_beside
+
+    def from_vllm(cls, _, first=MappingProxyType({})):
+        return cls.from_options(first, preset_beside(PRESETS_BY_HEAD_SIZE[64]["llama"], first), ALL_SETTINGS)
+
+    monkeypatch.setattr(FlashPrefillConfig, "from_vllm", classmethod(from_vllm))
+    result = sparse([{}, {"alpha": 0.3}], density=0.5)
+    asked = [("alpha 0.005, piece_size 0", False), ("alpha 0.3", False)]
+    assert names(result) == [*asked, ("alpha 0.25, piece_size 0", True)]
 
 
 def test_what_is_done_is_not_done_again(sparse):
